@@ -1,0 +1,1 @@
+"""Data-parallel training of Keras 3 models with LARS under horovodrun."""

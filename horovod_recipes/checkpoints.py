@@ -1,0 +1,150 @@
+"""The working folder of a run, and its checkpoints: save, keep, restore.
+
+A checkpoint is a `.keras` file, with the optimizer's state, that Keras loads
+without Horovod.
+"""
+
+import json
+import re
+import shutil
+
+import keras
+
+from horovod_recipes.errors import JobError
+from horovod_recipes.files import written_atomically
+
+
+def prepare_workdir(workdir, config, mode):
+    """Makes the folder ready for a run; rank 0 alone calls this.
+
+    Raises:
+        JobError: If the folder cannot be written to, or if what it holds does
+            not go with `mode` and `config`.
+    """
+    record = workdir / "config.json"
+    holds_run = record.exists()
+    if mode == "resume":
+        if not holds_run:
+            raise JobError(
+                f"no run to resume in {workdir}: it has no config.json; start "
+                "one without --resume"
+            )
+        check_same_config(json.loads(record.read_text()), config, workdir)
+        return
+    if workdir.exists() and any(workdir.iterdir()):
+        if not holds_run:
+            raise JobError(
+                f"{workdir} holds files that are not of a run; choose another "
+                "--workdir"
+            )
+        if mode == "new":
+            raise JobError(
+                f"{workdir} holds a run; go on with it (--resume), delete it "
+                "(--overwrite), or choose another --workdir"
+            )
+        shutil.rmtree(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with written_atomically(record) as part:
+            part.write_text(config.to_json(indent=2))
+    except OSError as error:
+        raise JobError(
+            f"cannot write to --workdir={workdir}: {error.strerror}; choose a "
+            "folder that can be written to"
+        ) from None
+
+
+def check_same_config(saved, config, workdir):
+    """Raises `JobError` unless the run in `workdir` had this config."""
+    saved = _flatten(saved)
+    asked = _flatten(json.loads(config.to_json()))
+    differences = [
+        f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}"
+        for key in sorted(saved | asked)
+        if saved.get(key) != asked.get(key)
+    ]
+    if differences:
+        raise JobError(
+            f"the run in {workdir} cannot go on with another config: "
+            f"{'; '.join(differences)}. Use the same values, or another "
+            "--workdir"
+        )
+
+
+def _flatten(values, prefix=""):
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def saved_epochs(workdir):
+    """Returns `{epochs done: path}` of the run's checkpoints."""
+    epochs = {}
+    for path in (workdir / "checkpoints").glob("epoch-*.keras"):
+        epochs[int(re.fullmatch(r"epoch-(\d+)\.keras", path.name)[1])] = path
+    return epochs
+
+
+def restore_latest(workdir, model):
+    """Loads the newest checkpoint into a compiled model.
+
+    Returns:
+        The number of epochs done; 0 if there is no checkpoint yet.
+
+    Raises:
+        JobError: If the checkpoint is of another model or optimizer.
+    """
+    paths = saved_epochs(workdir)
+    if not paths:
+        return 0
+    path = paths[max(paths)]
+    saved = keras.saving.load_model(path)
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    saved.optimizer.build(saved.trainable_variables)
+    for kind, ours, theirs in (
+        ("model", model.weights, saved.weights),
+        ("optimizer", optimizer.variables, saved.optimizer.variables),
+    ):
+        if [v.shape for v in ours] != [v.shape for v in theirs]:
+            raise JobError(
+                f"{path} was saved from another {kind}; go on with the code "
+                "it was saved with, or choose another --workdir"
+            )
+        for variable, value in zip(ours, theirs, strict=True):
+            variable.assign(value)
+    return max(paths)
+
+
+class SaveCheckpoints(keras.callbacks.Callback):
+    """Saves the model after every so many epochs and after the last.
+
+    Args:
+        workdir: `pathlib.Path`; files go to its folder `checkpoints`.
+        every: Integer, in epochs.
+        epochs: Integer, the last epoch.
+        keep: Integer, how many of the newest to keep.
+    """
+
+    def __init__(self, workdir, every, epochs, keep):
+        super().__init__()
+        self.workdir = workdir
+        self.every = every
+        self.epochs = epochs
+        self.keep = keep
+
+    def on_epoch_end(self, epoch, logs=None):
+        done = epoch + 1
+        if done % self.every and done != self.epochs:
+            return
+        folder = self.workdir / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        with written_atomically(folder / f"epoch-{done:04d}.keras") as part:
+            self.model.save(part)
+        paths = saved_epochs(self.workdir)
+        for old in sorted(paths)[: -self.keep]:
+            paths[old].unlink()

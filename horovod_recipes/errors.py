@@ -1,0 +1,31 @@
+"""Errors that end a job with one clear line, the same on every rank."""
+
+import contextlib
+
+import horovod_recipes.keras as hvd
+
+
+class JobError(Exception):
+    """What is wrong and how to mend it, in one line."""
+
+
+@contextlib.contextmanager
+def raised_on_every_rank():
+    """Makes a failure of the block on any rank a `JobError` on every rank.
+
+    The block must not hold collectives: a rank that fails skips the rest.
+    """
+    failure = None
+    try:
+        yield
+    except JobError as error:
+        failure = str(error)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    failures = hvd.allgather_object(failure)
+    for failed_rank, failure in enumerate(failures):
+        if failure is None:
+            continue
+        if all(other == failure for other in failures):
+            raise JobError(failure)
+        raise JobError(f"on rank {failed_rank}: {failure}")

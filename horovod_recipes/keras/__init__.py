@@ -1,0 +1,96 @@
+"""Horovod for Keras 3: the names of `horovod.tensorflow.keras`, working.
+
+Horovod 0.28.1's own Keras binding trains without averaging on Keras 3 and
+says nothing. Import this module in its place:
+
+    import horovod_recipes.keras as hvd
+"""
+
+from horovod_recipes.install_horovod import check_installed
+
+check_installed()
+
+# The check comes first: these imports fail badly without a fitting Horovod.
+# isort: split
+from horovod.tensorflow import Average
+from horovod.tensorflow import Compression
+from horovod.tensorflow import ProcessSet
+from horovod.tensorflow import Sum
+from horovod.tensorflow import add_process_set
+from horovod.tensorflow import allgather
+from horovod.tensorflow import allgather_object
+from horovod.tensorflow import allreduce
+from horovod.tensorflow import broadcast
+from horovod.tensorflow import broadcast_object
+from horovod.tensorflow import ccl_built
+from horovod.tensorflow import cross_rank
+from horovod.tensorflow import cross_size
+from horovod.tensorflow import cuda_built
+from horovod.tensorflow import ddl_built
+from horovod.tensorflow import global_process_set
+from horovod.tensorflow import gloo_built
+from horovod.tensorflow import gloo_enabled
+from horovod.tensorflow import grouped_allreduce
+from horovod.tensorflow import init
+from horovod.tensorflow import is_initialized
+from horovod.tensorflow import local_rank
+from horovod.tensorflow import local_size
+from horovod.tensorflow import mpi_built
+from horovod.tensorflow import mpi_enabled
+from horovod.tensorflow import mpi_threads_supported
+from horovod.tensorflow import nccl_built
+from horovod.tensorflow import rank
+from horovod.tensorflow import reducescatter
+from horovod.tensorflow import remove_process_set
+from horovod.tensorflow import rocm_built
+from horovod.tensorflow import shutdown
+from horovod.tensorflow import size
+from horovod.tensorflow import start_timeline
+from horovod.tensorflow import stop_timeline
+
+from horovod_recipes.keras import callbacks
+from horovod_recipes.keras.evaluation import evaluate
+from horovod_recipes.keras.optimizer import DistributedOptimizer
+from horovod_recipes.keras.variables import broadcast_variables
+
+__all__ = [
+    "Average",
+    "Compression",
+    "DistributedOptimizer",
+    "ProcessSet",
+    "Sum",
+    "add_process_set",
+    "allgather",
+    "allgather_object",
+    "allreduce",
+    "broadcast",
+    "broadcast_object",
+    "broadcast_variables",
+    "callbacks",
+    "ccl_built",
+    "cross_rank",
+    "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "evaluate",
+    "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
+    "grouped_allreduce",
+    "init",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
+    "rank",
+    "reducescatter",
+    "remove_process_set",
+    "rocm_built",
+    "shutdown",
+    "size",
+    "start_timeline",
+    "stop_timeline",
+]

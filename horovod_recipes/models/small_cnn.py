@@ -1,0 +1,34 @@
+"""The demo's network: five convolutions with batch norm, for small images."""
+
+import keras
+from keras import layers
+
+
+def small_cnn(image_shape, num_classes, filters=16):
+    """Returns a network that trains on two CPU cores in a minute.
+
+    Args:
+        image_shape: Tuple `(height, width, channels)`; the input is uint8.
+        num_classes: Integer, the number of logits.
+        filters: Integer, of the first convolution; later ones have two and
+            four times as many. Defaults to `16`.
+    """
+    inputs = keras.Input(image_shape, dtype="uint8")
+    x = layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+    for index, (width, stride) in enumerate(
+        [(1, 1), (2, 2), (2, 1), (4, 2), (4, 1)], start=1
+    ):
+        x = layers.Conv2D(
+            width * filters,
+            kernel_size=3,
+            strides=stride,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            name=f"conv{index}",
+        )(x)
+        x = layers.BatchNormalization(momentum=0.9, name=f"bn{index}")(x)
+        x = layers.ReLU(name=f"relu{index}")(x)
+    x = layers.Flatten(name="flatten")(x)
+    logits = layers.Dense(num_classes, name="logits")(x)
+    return keras.Model(inputs, logits, name="small_cnn")

@@ -1,0 +1,402 @@
+"""Trains a network as a config says, on every rank of a Horovod job.
+
+    horovodrun -np 2 python -m horovod_recipes.train --config=demo \
+        --workdir=DIR [--config.key=value ...] [--resume | --overwrite]
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+import warnings
+
+import keras
+import tensorflow as tf
+from absl import flags
+from ml_collections import config_flags
+
+import horovod_recipes.keras as hvd
+from horovod_recipes import checkpoints
+from horovod_recipes import input_pipeline
+from horovod_recipes import training_callbacks
+from horovod_recipes.errors import JobError
+from horovod_recipes.errors import raised_on_every_rank
+from horovod_recipes.files import written_atomically
+from horovod_recipes.models import MODELS
+from keras_lars import LARS
+from keras_lars.schedules import WarmupPolynomialDecay
+
+CONFIGS = pathlib.Path(__file__).with_name("configs")
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSize:
+    """How the global batch is made up, and how many updates there are."""
+
+    ranks: int
+    micro_batch_size: int
+    accumulation_steps: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def global_batch_size(self):
+        return self.ranks * self.micro_batch_size * self.accumulation_steps
+
+    @property
+    def steps(self):
+        return self.steps_per_epoch * self.epochs
+
+
+def train_and_evaluate(config, config_name, workdir, mode="new"):
+    """Trains, evaluates, and writes all results to `workdir`.
+
+    Args:
+        config: A `ConfigDict`, as those in `horovod_recipes.configs`.
+        config_name: String, the name to report.
+        workdir: String, the folder for all that is written.
+        mode: `"new"`, where `workdir` must not hold a run; `"resume"`, to go
+            on from its latest checkpoint; `"overwrite"`, to delete it first.
+
+    Returns:
+        The contents of `summary.json`, a dict, on every rank.
+
+    Raises:
+        JobError: On every rank, if the config, the data or `workdir` do not
+            serve, if the weights are no longer finite, or if an image cannot
+            be decoded.
+    """
+    begin = time.time()
+    workdir = pathlib.Path(workdir).absolute()
+    with raised_on_every_rank():
+        check_config(config)
+        builder = input_pipeline.load_builder(
+            config.dataset.name, config.dataset.data_dir
+        )
+        job = job_size(config, builder, hvd.size())
+        schedule = create_schedule(config, job)
+        model = create_model(config, job, schedule, builder)
+    first_epoch = 0
+    with raised_on_every_rank():
+        if hvd.rank() == 0:
+            checkpoints.prepare_workdir(workdir, config, mode)
+            if mode == "resume":
+                first_epoch = checkpoints.restore_latest(workdir, model)
+    first_epoch = hvd.broadcast_object(first_epoch, root_rank=0)
+
+    corrupt_images = input_pipeline.CorruptImages(config.dataset.corrupt_images)
+    training, evaluation = create_datasets(
+        config, job, builder, first_epoch, corrupt_images
+    )
+    throughput = training_callbacks.Throughput(job.global_batch_size)
+    callbacks = [
+        hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
+        training_callbacks.StopOnNonFiniteWeights(),
+        hvd.callbacks.AverageNonTrainableWeights(),
+        hvd.callbacks.ExactMetrics(),
+        throughput,
+    ]
+    if hvd.rank() == 0:
+        print(settings_line(config, config_name, job, first_epoch), flush=True)
+        callbacks += results_callbacks(
+            config, job, schedule, workdir, throughput
+        )
+    try:
+        model.fit(
+            training,
+            validation_data=evaluation,
+            validation_freq=evaluation_epochs(config),
+            steps_per_epoch=job.steps_per_epoch * job.accumulation_steps,
+            initial_epoch=first_epoch,
+            epochs=job.epochs,
+            callbacks=callbacks,
+            shuffle=False,
+            verbose=1 if hvd.rank() == 0 else 0,
+        )
+    except tf.errors.OpError as error:
+        raise stop_reason(error, corrupt_images) from error
+    results = hvd.evaluate(model, evaluation, verbose=0)
+    skipped = hvd.allgather_object(corrupt_images.names)
+    summary = {
+        "config": config_name,
+        "ranks": job.ranks,
+        "global_batch_size": job.global_batch_size,
+        "steps": job.steps,
+        "epochs": job.epochs,
+        "top1": round(100 * results["top1"], 2),
+        "test_loss": results["loss"],
+        "images_per_second": throughput.images_per_second(),
+        "seconds": round(time.time() - begin, 1),
+        "corrupt_images_skipped": len(set().union(*skipped)),
+        "workdir": str(workdir),
+    }
+    with raised_on_every_rank():
+        if hvd.rank() == 0:
+            with written_atomically(workdir / "summary.json") as part:
+                part.write_text(json.dumps(summary) + "\n")
+    return summary
+
+
+def check_config(config):
+    """Raises `JobError` where a value of the config is out of its range."""
+    for key in (
+        "global_batch_size",
+        "accumulation_steps",
+        "epochs",
+        "evaluate_every_epochs",
+        "checkpoint_every_epochs",
+        "keep_checkpoints",
+    ):
+        if config[key] < 1:
+            raise JobError(f"{key} must be 1 or more, but is {config[key]}")
+    if not 0 <= config.schedule.warmup_epochs < config.epochs:
+        raise JobError(
+            "schedule.warmup_epochs must be 0 or more and below the "
+            f"{config.epochs} epochs, but is {config.schedule.warmup_epochs}"
+        )
+    for key, value, choices in (
+        ("model.name", config.model.name, MODELS),
+        (
+            "dataset.augmentation",
+            config.dataset.augmentation,
+            input_pipeline.AUGMENTATIONS,
+        ),
+        (
+            "dataset.corrupt_images",
+            config.dataset.corrupt_images,
+            ("stop", "skip"),
+        ),
+    ):
+        if value not in choices:
+            raise JobError(
+                f"{key} must be one of {', '.join(choices)}, but is {value}"
+            )
+
+
+def job_size(config, builder, ranks):
+    """Returns the `JobSize`; raises `JobError` where it does not work out."""
+    batch = config.global_batch_size
+    for split in ("train", "test"):
+        examples = builder.info.splits[split].num_examples
+        if ranks > examples:
+            raise JobError(
+                f"{ranks} ranks are more than the {examples} examples of "
+                f"{config.dataset.name}'s {split} split; use at most {examples}"
+            )
+    micro_batches = ranks * config.accumulation_steps
+    if batch % micro_batches:
+        below = batch // micro_batches * micro_batches
+        nearest = [n for n in (below, below + micro_batches) if n > 0]
+        raise JobError(
+            f"global_batch_size {batch} is not divisible by {ranks} ranks x "
+            f"{config.accumulation_steps} accumulation steps = "
+            f"{micro_batches}; the nearest that is: "
+            f"{min(nearest, key=lambda n: abs(n - batch))}"
+        )
+    examples = builder.info.splits["train"].num_examples
+    if batch > examples:
+        raise JobError(
+            f"global_batch_size {batch} is more than the {examples} training "
+            f"examples of {config.dataset.name}; the largest that works is "
+            f"{examples // micro_batches * micro_batches}"
+        )
+    return JobSize(
+        ranks=ranks,
+        micro_batch_size=batch // micro_batches,
+        accumulation_steps=config.accumulation_steps,
+        steps_per_epoch=examples // batch,
+        epochs=config.epochs,
+    )
+
+
+def create_schedule(config, job):
+    """Returns the learning rate as a function of the update."""
+    arguments = dict(config.schedule)
+    warmup_epochs = arguments.pop("warmup_epochs")
+    return WarmupPolynomialDecay(
+        total_steps=job.steps,
+        warmup_steps=round(warmup_epochs * job.steps_per_epoch),
+        **arguments,
+    )
+
+
+def create_model(config, job, schedule, builder):
+    """Returns the compiled network, with initial weights of this rank's own."""
+    # Ranks differ in their dropout masks; the weights are broadcast later.
+    keras.utils.set_random_seed(config.seed + hvd.rank())
+    arguments = dict(config.model)
+    model = MODELS[arguments.pop("name")](
+        image_shape=builder.info.features["image"].shape,
+        num_classes=builder.info.features["label"].num_classes,
+        **arguments,
+    )
+    model.compile(
+        optimizer=hvd.DistributedOptimizer(
+            LARS(schedule, **config.optimizer),
+            backward_passes_per_step=job.accumulation_steps,
+            average_aggregated_gradients=True,
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")],
+        # One call of Python an update.
+        steps_per_execution=job.accumulation_steps,
+        # Horovod's operations cannot be inside an XLA program. The update
+        # of LARS is one all the same.
+        jit_compile=False,
+    )
+    return model
+
+
+def create_datasets(config, job, builder, first_epoch, corrupt_images):
+    """Returns this rank's batches for training and for evaluation."""
+    training = input_pipeline.training_batches(
+        builder,
+        rank=hvd.rank(),
+        ranks=job.ranks,
+        batch_size=job.micro_batch_size,
+        batches_per_epoch=job.steps_per_epoch * job.accumulation_steps,
+        first_epoch=first_epoch,
+        augmentation=input_pipeline.AUGMENTATIONS[config.dataset.augmentation],
+        seed=config.seed,
+        corrupt_images=corrupt_images,
+    )
+    evaluation = input_pipeline.evaluation_batches(
+        builder,
+        "test",
+        rank=hvd.rank(),
+        ranks=job.ranks,
+        batch_size=job.micro_batch_size,
+        corrupt_images=corrupt_images,
+    )
+    return training, evaluation
+
+
+def settings_line(config, config_name, job, first_epoch):
+    """Returns what a person checks before leaving a job alone, in one line."""
+    schedule = config.schedule
+    return (
+        f"config={config_name} ranks={job.ranks} "
+        f"global_batch={job.global_batch_size} ({job.ranks} ranks x "
+        f"{job.micro_batch_size} micro-batch x {job.accumulation_steps} "
+        f"accumulation) steps={job.steps} ({job.epochs} epochs x "
+        f"{job.steps_per_epoch}) from_epoch={first_epoch} "
+        f"schedule={schedule.warmup_epochs} epochs up to "
+        f"{schedule.peak_learning_rate}, then down with power "
+        f"{schedule.power} seed={config.seed}"
+    )
+
+
+def results_callbacks(config, job, schedule, workdir, throughput):
+    """Returns the callbacks that write to `workdir`; for rank 0 alone."""
+    return [
+        training_callbacks.MetricsTable(
+            workdir, job.steps_per_epoch, schedule, throughput
+        ),
+        keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False),
+        checkpoints.SaveCheckpoints(
+            workdir,
+            config.checkpoint_every_epochs,
+            job.epochs,
+            config.keep_checkpoints,
+        ),
+    ]
+
+
+def evaluation_epochs(config):
+    """Returns the epochs to evaluate after, counted from 1, the last always."""
+    every = config.evaluate_every_epochs
+    return sorted({*range(every, config.epochs + 1, every), config.epochs})
+
+
+def stop_reason(error, corrupt_images):
+    """Returns a `JobError` for what ended training, or the error itself."""
+    if corrupt_images.action == "stop" and corrupt_images.names:
+        return JobError(
+            f"rank {hvd.rank()} met a corrupt image: "
+            f"{', '.join(sorted(corrupt_images.names))}; replace it, or train "
+            "without it: --config.dataset.corrupt_images=skip"
+        )
+    if "Horovod has been shut down" in str(error):
+        return JobError(
+            f"rank {hvd.rank()} stopped because another rank did; see what "
+            "that one printed"
+        )
+    return error
+
+
+def packaged_config(argument):
+    """Replaces a packaged config's name in a `--config=` by its path."""
+    if not argument.startswith("--config="):
+        return argument
+    name, colon, variant = argument.removeprefix("--config=").partition(":")
+    path = CONFIGS / f"{name}.py"
+    if not path.exists():
+        path = pathlib.Path(name)
+    if not path.is_file():
+        packaged = sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))
+        raise JobError(
+            f"unknown config {name!r}: give the path of a file, or one of "
+            f"{', '.join(packaged)}"
+        )
+    return f"--config={path}{colon}{variant}"
+
+
+def parse_flags(argv):
+    """Parses the command line into `FLAGS`, or raises `JobError`."""
+    try:
+        rest = FLAGS([packaged_config(argument) for argument in argv])[1:]
+    except AttributeError as error:
+        raise JobError(
+            f"unknown key of the config: {one_line(error)}"
+        ) from None
+    except (flags.Error, OSError) as error:
+        raise JobError(one_line(error)) from None
+    if rest:
+        raise JobError(f"unknown argument {rest[0]!r}")
+    if FLAGS.resume and FLAGS.overwrite:
+        raise JobError("--resume and --overwrite exclude each other")
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def main(argv):
+    """Runs a job from its command line; returns the exit status."""
+    # Keras says so of every dataset whose length is not known beforehand.
+    warnings.filterwarnings("ignore", "Your input ran out of data")
+    tf.get_logger().setLevel("ERROR")
+    hvd.init()
+    if gpus := tf.config.list_physical_devices("GPU"):
+        tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
+    try:
+        parse_flags(argv)
+        summary = train_and_evaluate(
+            FLAGS.config,
+            next(a for a in argv if a.startswith("--config="))[9:],
+            FLAGS.workdir,
+            mode="resume"
+            if FLAGS.resume
+            else "overwrite"
+            if FLAGS.overwrite
+            else "new",
+        )
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    if hvd.rank() == 0:
+        print(json.dumps(summary), flush=True)
+    return 0
+
+
+FLAGS = flags.FlagValues()
+config_flags.DEFINE_config_file(
+    "config", None, "A packaged config's name or a file.", flag_values=FLAGS
+)
+flags.DEFINE_string("workdir", None, "Folder.", FLAGS, required=True)
+flags.DEFINE_bool("resume", False, "Go on with the run in it.", FLAGS)
+flags.DEFINE_bool("overwrite", False, "Delete the run in it first.", FLAGS)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

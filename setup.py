@@ -1,0 +1,38 @@
+"""Packaging of keras-lars: the optimizer, and the recipes as an extra."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="keras-lars",
+    version="0.1.0",
+    description="LARS and large-batch training recipes for Keras 3",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=setuptools.find_packages(
+        include=["keras_lars*", "horovod_recipes*"]
+    ),
+    install_requires=["keras>=3.3"],
+    extras_require={
+        # Horovod is built: python -m horovod_recipes.install_horovod
+        "recipes": [
+            "absl-py",
+            "matplotlib",
+            "ml_collections",
+            "tensorboard",
+            "tensorflow-datasets",
+            # tensorflow-datasets imports it without saying so.
+            "importlib_resources",
+        ],
+        "demo": ["mlxtend"],
+        "test": ["pytest", "ruff"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,20 @@
+"""Tests for all ranks: horovodrun -np 2 python -m pytest tests/parallel."""
+
+import pytest
+
+import horovod_recipes.keras as hvd
+
+hvd.init()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_ranks():
+    if hvd.size() != 2:
+        pytest.exit("run with: horovodrun -np 2 python -m pytest ...", 2)
+
+
+@pytest.fixture
+def shared_folder(tmp_path_factory):
+    """A new folder that is the same for all ranks."""
+    folder = tmp_path_factory.mktemp("shared") if hvd.rank() == 0 else None
+    return hvd.broadcast_object(folder, root_rank=0)

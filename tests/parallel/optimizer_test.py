@@ -1,0 +1,262 @@
+"""DistributedOptimizer on two ranks, against one rank with all the data."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import horovod_recipes.keras as hvd
+from keras_lars import LARS
+from keras_lars.schedules import WarmupPolynomialDecay
+
+GLOBAL_BATCH = 32
+STEPS = 6
+
+
+def create_model(seed, optimizer, batch_norm=False, **compile_arguments):
+    keras.utils.set_random_seed(seed)
+    layers = [keras.Input((8,)), keras.layers.Dense(16, activation="relu")]
+    if batch_norm:
+        layers.append(keras.layers.BatchNormalization())
+    layers += [keras.layers.Dropout(0.0), keras.layers.Dense(3)]
+    model = keras.Sequential(layers)
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **compile_arguments,
+    )
+    return model
+
+
+def create_lars(**arguments):
+    schedule = WarmupPolynomialDecay(5.0, total_steps=STEPS, warmup_steps=2)
+    return LARS(schedule, weight_decay=1e-3, **arguments)
+
+
+def examples():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(STEPS * GLOBAL_BATCH, 8)).astype("float32")
+    return x, np.argmax(x[:, :3], axis=1)
+
+
+def this_ranks_part(micro_batch):
+    """Every rank's share of every global batch, in micro-batches."""
+    x, y = examples()
+    shape = (-1, hvd.size(), GLOBAL_BATCH // hvd.size())
+    x = x.reshape(*shape, 8)[:, hvd.rank()].reshape(-1, 8)
+    y = y.reshape(shape)[:, hvd.rank()].reshape(-1)
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(micro_batch)
+
+
+def fit(model, dataset, broadcast=True):
+    callbacks = []
+    if broadcast:
+        callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
+    model.fit(dataset, shuffle=False, verbose=0, callbacks=callbacks)
+
+
+def weights_of_all_ranks(model):
+    return hvd.allgather_object(model.get_weights())
+
+
+def largest_difference(all_weights):
+    first, second = all_weights
+    return max(np.abs(a - b).max() for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "create_optimizer",
+    [create_lars, lambda: keras.optimizers.Adam(0.01)],
+    ids=["LARS", "Adam"],
+)
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_weights_are_bit_equal_after_fit(create_optimizer, run_eagerly):
+    optimizer = hvd.DistributedOptimizer(create_optimizer())
+    model = create_model(
+        seed=hvd.rank(), optimizer=optimizer, run_eagerly=run_eagerly
+    )
+    before = weights_of_all_ranks(model)
+    assert largest_difference(before) > 0.1
+    fit(model, this_ranks_part(16))
+    after = weights_of_all_ranks(model)
+    assert largest_difference(after) == 0.0
+    # They have been trained: from rank 0's weights, and away from them.
+    assert largest_difference([before[0], after[0]]) > 1e-3
+
+
+def test_weights_would_differ_without_averaging():
+    model = create_model(seed=0, optimizer=create_lars())
+    fit(model, this_ranks_part(16), broadcast=False)
+    assert largest_difference(weights_of_all_ranks(model)) > 1e-4
+
+
+def test_broadcast_refuses_an_optimizer_that_does_not_average():
+    model = create_model(seed=0, optimizer=create_lars())
+    with pytest.raises(ValueError, match="DistributedOptimizer"):
+        fit(model, this_ranks_part(16))
+
+
+@pytest.mark.parametrize("micro_batch", [16, 8])
+@pytest.mark.parametrize(
+    "clipping", [{}, {"clipnorm": 0.05}, {"global_clipnorm": 0.05}], ids=str
+)
+def test_equals_one_rank_with_the_global_batch(micro_batch, clipping):
+    """2 ranks x 2 micro-batches of 8, or x 1 of 16: as 1 rank with 32."""
+    passes = GLOBAL_BATCH // hvd.size() // micro_batch
+    optimizer = hvd.DistributedOptimizer(
+        create_lars(**clipping),
+        backward_passes_per_step=passes,
+        average_aggregated_gradients=True,
+    )
+    model = create_model(
+        seed=hvd.rank(), optimizer=optimizer, steps_per_execution=passes
+    )
+    fit(model, this_ranks_part(micro_batch))
+
+    alone = create_model(seed=0, optimizer=create_lars(**clipping))
+    x, y = examples()
+    alone.fit(x, y, batch_size=GLOBAL_BATCH, shuffle=False, verbose=0)
+
+    assert int(optimizer.iterations) == STEPS
+    for a, b in zip(model.get_weights(), alone.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert largest_difference(weights_of_all_ranks(model)) == 0.0
+
+
+def applied(optimizer, gradients, initial=(1.0, 1.0)):
+    """Returns a variable of two numbers after `apply` of each gradient."""
+    variable = keras.Variable(initial, name="kernel")
+    for gradient in gradients:
+        optimizer.apply([tf.constant(gradient)], [variable])
+    return variable.numpy()
+
+
+def sgd(**arguments):
+    return keras.optimizers.SGD(0.5, **arguments)
+
+
+def test_mean_and_sum_of_gradients():
+    gradient = [[1.0, 2.0], [3.0, 6.0]][hvd.rank()]
+    mean = applied(hvd.DistributedOptimizer(sgd()), [gradient])
+    np.testing.assert_allclose(mean, [0.0, -1.0])
+    total = applied(hvd.DistributedOptimizer(sgd(), op=hvd.Sum), [gradient])
+    np.testing.assert_allclose(total, [-1.0, -3.0])
+
+
+def test_accumulated_gradients_are_averaged_or_summed():
+    gradients = [[float(hvd.rank()), 1.0], [2.0, 3.0], [7.0, 7.0]]
+    for average, expected in ((True, [0.375, 0.0]), (False, [-0.25, -1.0])):
+        optimizer = hvd.DistributedOptimizer(
+            sgd(),
+            backward_passes_per_step=2,
+            average_aggregated_gradients=average,
+        )
+        # The third gradient waits for a fourth.
+        np.testing.assert_allclose(applied(optimizer, gradients), expected)
+        assert int(optimizer.iterations) == 1
+
+
+def test_gradients_are_reduced_before_they_are_clipped():
+    # The mean is zero; clipped first, rank 1's part would win.
+    gradient = [[-2.0, 0.0], [2.0, 0.0]][hvd.rank()]
+    optimizer = hvd.DistributedOptimizer(sgd(clipvalue=1.0 + hvd.rank()))
+    np.testing.assert_allclose(applied(optimizer, [gradient]), [1.0, 1.0])
+
+
+def test_infinity_on_one_rank_makes_all_skip():
+    inner = sgd()
+    scaled = keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
+    optimizer = hvd.DistributedOptimizer(scaled)
+    bad = [[np.inf, 0.0], [0.0, 0.0]][hvd.rank()]
+    weights = applied(optimizer, [bad, [4.0, 8.0]])
+    # The scale is 2 after the step that was skipped.
+    np.testing.assert_allclose(weights, [0.0, -1.0])
+    assert float(optimizer.dynamic_scale) == 2.0
+    assert int(inner.iterations) == 1
+
+
+def test_mixed_float16_needs_no_wrapping():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        optimizer = hvd.DistributedOptimizer(create_lars())
+        model = create_model(seed=hvd.rank(), optimizer=optimizer)
+        assert model.optimizer is optimizer
+        x = np.ones((16, 8), "float32")
+        if hvd.rank() == 1:
+            x[3, 3] = np.inf
+        y = np.zeros(16, "int64")
+        # Two steps that one rank alone would skip, then two that none skips.
+        bad = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).take(2)
+        good = tf.data.Dataset.from_tensor_slices(
+            (np.ones((16, 8), "float32"), y)
+        ).batch(8)
+        fit(model, bad.concatenate(good))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    steps = hvd.allgather_object(int(optimizer.inner_optimizer.iterations))
+    assert steps == [3, 3]
+    weights = weights_of_all_ranks(model)
+    assert all(np.isfinite(w).all() for w in weights[0])
+    assert largest_difference(weights) == 0.0
+
+
+def test_sparse_and_bfloat16_gradients():
+    table = keras.Variable(np.ones((3, 2), "float32"), name="embeddings")
+    half = keras.Variable(np.ones(2), dtype="bfloat16", name="kernel")
+    optimizer = hvd.DistributedOptimizer(sgd())
+    row = tf.IndexedSlices(
+        tf.ones((1, 2)), tf.constant([hvd.rank()]), tf.constant([3, 2])
+    )
+    optimizer.apply(
+        [row, tf.fill(2, tf.cast(hvd.rank(), tf.bfloat16))], [table, half]
+    )
+    np.testing.assert_allclose(
+        table.numpy(), [[0.75] * 2, [0.75] * 2, [1.0] * 2]
+    )
+    np.testing.assert_allclose(half.numpy().astype(float), [0.75, 0.75])
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_variables_without_gradient_stay(passes):
+    first = keras.Variable([1.0], name="first")
+    second = keras.Variable([1.0], name="second")
+    optimizer = hvd.DistributedOptimizer(sgd(), backward_passes_per_step=passes)
+    for _ in range(passes):
+        optimizer.apply([tf.constant([2.0 / passes]), None], [first, second])
+    np.testing.assert_allclose(first.numpy(), [0.0])
+    np.testing.assert_allclose(second.numpy(), [1.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (dict(optimizer="sgd"), "keras.optimizers.Optimizer"),
+        (dict(op=hvd.Compression), "op"),
+        (dict(backward_passes_per_step=0), "backward_passes_per_step"),
+    ],
+)
+def test_bad_argument_is_named(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        hvd.DistributedOptimizer(**({"optimizer": sgd()} | arguments))
+
+
+def test_distributing_twice_is_an_error():
+    optimizer = hvd.DistributedOptimizer(sgd())
+    with pytest.raises(ValueError, match="already"):
+        hvd.DistributedOptimizer(optimizer)
+
+
+def test_saved_model_names_the_plain_optimizer(tmp_path):
+    optimizer = hvd.DistributedOptimizer(
+        create_lars(), backward_passes_per_step=2
+    )
+    model = create_model(seed=0, optimizer=optimizer, steps_per_execution=2)
+    fit(model, this_ranks_part(8))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is LARS
+    ours = [v.numpy() for v in model.optimizer.variables]
+    theirs = [v.numpy() for v in loaded.optimizer.variables]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
