@@ -81,6 +81,18 @@ def _flatten(values, prefix=""):
     return flat
 
 
+def read_summary(workdir):
+    """Returns the summary of a run that is finished, else None."""
+    path = workdir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_summary(workdir, summary):
+    """Writes the file that says that a run is finished, in one line."""
+    with written_atomically(workdir / "summary.json") as part:
+        part.write_text(json.dumps(summary) + "\n")
+
+
 def saved_epochs(workdir):
     """Returns `{epochs done: path}` of the run's checkpoints."""
     epochs = {}

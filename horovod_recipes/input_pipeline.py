@@ -107,7 +107,10 @@ def training_batches(
         # Else `shuffle` mixes in the global seed, and fails where that is 0.
         tf.compat.v1.set_random_seed(None)
         epoch_seed = tf.random.experimental.stateless_fold_in(rank_seed, epoch)
-        images = examples.shuffle(SHUFFLE_BUFFER, seed=epoch_seed[0])
+        shuffle_seed = tf.random.stateless_uniform(
+            [], epoch_seed, minval=None, maxval=None, dtype=tf.int64
+        )
+        images = examples.shuffle(SHUFFLE_BUFFER, seed=shuffle_seed)
         images = _decode(images, builder, corrupt_images)
         if augmentation is not None:
             images = images.enumerate().map(

@@ -1,7 +1,7 @@
 """Trains a network as a config says, on every rank of a Horovod job.
 
-    horovodrun -np 2 python -m horovod_recipes.train --config=demo \
-        --workdir=DIR [--config.key=value ...] [--resume | --overwrite]
+horovodrun -np 2 python -m horovod_recipes.train --config=demo
+    --workdir=DIR [--config.key=value ...] [--resume | --overwrite]
 """
 
 import dataclasses
@@ -16,18 +16,27 @@ import tensorflow as tf
 from absl import flags
 from ml_collections import config_flags
 
+from horovod_recipes.install_horovod import check_installed
+
+try:
+    check_installed()
+except ImportError as error:
+    sys.exit(f"error: {error}")
+
 import horovod_recipes.keras as hvd
 from horovod_recipes import checkpoints
 from horovod_recipes import input_pipeline
 from horovod_recipes import training_callbacks
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import raised_on_every_rank
-from horovod_recipes.files import written_atomically
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
 
 CONFIGS = pathlib.Path(__file__).with_name("configs")
+CONFIG_CHOICES = "give the path of a file, or one of " + ", ".join(
+    sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,8 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         config_name: String, the name to report.
         workdir: String, the folder for all that is written.
         mode: `"new"`, where `workdir` must not hold a run; `"resume"`, to go
-            on from its latest checkpoint; `"overwrite"`, to delete it first.
+            on from its latest checkpoint, or to return the summary of a run
+            that is finished; `"overwrite"`, to delete the run first.
 
     Returns:
         The contents of `summary.json`, a dict, on every rank.
@@ -68,7 +78,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
             be decoded.
     """
     begin = time.time()
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = pathlib.Path(workdir)
     with raised_on_every_rank():
         check_config(config)
         builder = input_pipeline.load_builder(
@@ -77,13 +87,16 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         job = job_size(config, builder, hvd.size())
         schedule = create_schedule(config, job)
         model = create_model(config, job, schedule, builder)
-    first_epoch = 0
+    first_epoch, summary = 0, None
     with raised_on_every_rank():
         if hvd.rank() == 0:
             checkpoints.prepare_workdir(workdir, config, mode)
             if mode == "resume":
+                summary = checkpoints.read_summary(workdir)
                 first_epoch = checkpoints.restore_latest(workdir, model)
-    first_epoch = hvd.broadcast_object(first_epoch, root_rank=0)
+    first_epoch, summary = hvd.broadcast_object((first_epoch, summary), 0)
+    if summary is not None:
+        return summary
 
     corrupt_images = input_pipeline.CorruptImages(config.dataset.corrupt_images)
     training, evaluation = create_datasets(
@@ -133,8 +146,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
     }
     with raised_on_every_rank():
         if hvd.rank() == 0:
-            with written_atomically(workdir / "summary.json") as part:
-                part.write_text(json.dumps(summary) + "\n")
+            checkpoints.write_summary(workdir, summary)
     return summary
 
 
@@ -325,27 +337,22 @@ def stop_reason(error, corrupt_images):
     return error
 
 
-def packaged_config(argument):
-    """Replaces a packaged config's name in a `--config=` by its path."""
-    if not argument.startswith("--config="):
-        return argument
-    name, colon, variant = argument.removeprefix("--config=").partition(":")
-    path = CONFIGS / f"{name}.py"
-    if not path.exists():
-        path = pathlib.Path(name)
-    if not path.is_file():
-        packaged = sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))
-        raise JobError(
-            f"unknown config {name!r}: give the path of a file, or one of "
-            f"{', '.join(packaged)}"
-        )
-    return f"--config={path}{colon}{variant}"
-
-
 def parse_flags(argv):
-    """Parses the command line into `FLAGS`, or raises `JobError`."""
+    """Parses the command line into `FLAGS`; returns the config's name and mode.
+
+    Raises:
+        JobError: If a flag or a key of the config is unknown or unfit.
+    """
+    argv = list(argv)
+    if "--config" in argv[:-1]:
+        index = argv.index("--config")
+        argv[index : index + 2] = [f"--config={argv[index + 1]}"]
+    names = [a.removeprefix("--config=") for a in argv if "--config=" in a]
+    if not names:
+        raise JobError(f"--config is missing: {CONFIG_CHOICES}")
+    argv[argv.index(f"--config={names[-1]}")] = config_flag(names[-1])
     try:
-        rest = FLAGS([packaged_config(argument) for argument in argv])[1:]
+        rest = FLAGS(argv)[1:]
     except AttributeError as error:
         raise JobError(
             f"unknown key of the config: {one_line(error)}"
@@ -356,6 +363,18 @@ def parse_flags(argv):
         raise JobError(f"unknown argument {rest[0]!r}")
     if FLAGS.resume and FLAGS.overwrite:
         raise JobError("--resume and --overwrite exclude each other")
+    if FLAGS.resume:
+        return names[-1], "resume"
+    return names[-1], "overwrite" if FLAGS.overwrite else "new"
+
+
+def config_flag(name):
+    """Returns `--config=` with the path of the config, packaged or not."""
+    stem, colon, variant = name.partition(":")
+    for path in (CONFIGS / f"{stem}.py", pathlib.Path(stem)):
+        if path.is_file():
+            return f"--config={path}{colon}{variant}"
+    raise JobError(f"unknown config {stem!r}: {CONFIG_CHOICES}")
 
 
 def one_line(error):
@@ -364,6 +383,9 @@ def one_line(error):
 
 def main(argv):
     """Runs a job from its command line; returns the exit status."""
+    if "--help" in argv:
+        print(__doc__, FLAGS, sep="")
+        return 0
     # Keras says so of every dataset whose length is not known beforehand.
     warnings.filterwarnings("ignore", "Your input ran out of data")
     tf.get_logger().setLevel("ERROR")
@@ -371,16 +393,12 @@ def main(argv):
     if gpus := tf.config.list_physical_devices("GPU"):
         tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
     try:
-        parse_flags(argv)
+        config_name, mode = parse_flags(argv)
         summary = train_and_evaluate(
             FLAGS.config,
-            next(a for a in argv if a.startswith("--config="))[9:],
+            config_name,
             FLAGS.workdir,
-            mode="resume"
-            if FLAGS.resume
-            else "overwrite"
-            if FLAGS.overwrite
-            else "new",
+            mode,
         )
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -67,6 +67,9 @@ class Throughput(keras.callbacks.Callback):
         self._seconds.append(time.perf_counter() - self._begin)
 
     def images_per_second(self):
+        """Returns the mean so far; None before the first step."""
+        if not self._seconds:
+            return None
         counted = self._seconds[1:] or self._seconds
         return self._global_batch_size * len(counted) / sum(counted)
 

@@ -1,0 +1,32 @@
+"""Makes a copy of the demo's data in which some images cannot be decoded."""
+
+import pathlib
+import shutil
+
+import tensorflow as tf
+
+from horovod_recipes.input_pipeline import load_builder
+
+
+def write_corrupt_copy(folder, split, indices):
+    """Cuts the images at `indices` of a split's file short.
+
+    Returns:
+        The TFDS data folder, a string, and the names of the images.
+    """
+    source = pathlib.Path(load_builder("mnist5k", None).data_path)
+    target = pathlib.Path(folder, "mnist5k", source.name)
+    shutil.copytree(source, target)
+    name = f"mnist5k-{split}.tfrecord-00000-of-00001"
+    records = [
+        record.numpy() for record in tf.data.TFRecordDataset(str(source / name))
+    ]
+    with tf.io.TFRecordWriter(str(target / name)) as writer:
+        for index, record in enumerate(records):
+            if index in indices:
+                example = tf.train.Example.FromString(record)
+                image = example.features.feature["image"].bytes_list
+                image.value[0] = image.value[0][:60]
+                record = example.SerializeToString()
+            writer.write(record)
+    return str(folder), [f"{name}__{index}" for index in indices]

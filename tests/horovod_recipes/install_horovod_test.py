@@ -1,0 +1,120 @@
+"""The installer's refusals; `make` itself shows that it installs."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from horovod_recipes import install_horovod
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def assert_one_line(result, *parts):
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+def test_missing_compiler(tmp_path):
+    result = run("-m", "horovod_recipes.install_horovod", PATH=str(tmp_path))
+    assert_one_line(result, "g++ was not found", "apt-get install g++")
+
+
+def test_missing_tensorflow():
+    # -S leaves the environment's packages out.
+    result = run("-S", "-m", "horovod_recipes.install_horovod")
+    assert_one_line(
+        result, "TensorFlow is not installed", "pip install tensorflow-cpu"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.15.1", "2.22.0"])
+def test_unsupported_tensorflow(tmp_path, version):
+    info = tmp_path / f"tensorflow-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: tensorflow\nVersion: {version}\n")
+    result = run(
+        "-S",
+        "-m",
+        "horovod_recipes.install_horovod",
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+    )
+    assert_one_line(result, f"TensorFlow {version}", "2.16 to 2.21")
+
+
+def test_unsupported_python(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    with pytest.raises(
+        install_horovod.InstallError, match=r"Python 3\.13.*3\.10, 3\.11 or"
+    ):
+        install_horovod.check_machine()
+
+
+def test_failed_build_leaves_no_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wheel = install_horovod.cached_wheel("2.21.0")
+    with pytest.raises(install_horovod.InstallError, match="pip install"):
+        install_horovod.build_wheel(wheel)
+    assert list(tmp_path.rglob("*.whl")) == []
+
+
+def test_wheels_are_cached_by_tensorflow_and_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wheels = {install_horovod.cached_wheel(v) for v in ("2.16.2", "2.21.0")}
+    assert len(wheels) == 2
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert all(python in wheel.name for wheel in wheels)
+    assert all(tmp_path in wheel.parents for wheel in wheels)
+
+
+def test_what_is_installed_is_current():
+    assert install_horovod.is_current(install_horovod.tensorflow_version())
+    assert not install_horovod.is_current("2.16.2")
+
+
+TRAIN = ("-m", "horovod_recipes.train", "--config=demo", "--workdir=/never")
+
+
+def test_job_without_horovod(tmp_path):
+    # A package that hides the real one, and has nothing in it.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.modules['horovod'] = None\n"
+    )
+    result = run(*TRAIN, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last == (
+        "error: Horovod is not installed; "
+        "run: python -m horovod_recipes.install_horovod"
+    )
+
+
+def test_job_with_horovod_for_another_tensorflow(tmp_path):
+    (tmp_path / "horovod").mkdir()
+    (tmp_path / "horovod" / "__init__.py").touch()
+    (tmp_path / "horovod" / "metadata.json").write_text(
+        '{"tensorflow": "2.16.2"}'
+    )
+    result = run(*TRAIN, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: Horovod was built for TensorFlow 2.16.2, ")
+    assert "python -m horovod_recipes.install_horovod" in last

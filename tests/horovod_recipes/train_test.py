@@ -1,0 +1,124 @@
+"""Whole jobs from the command line: exit status, printed lines, files."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.corrupt_dataset import write_corrupt_copy
+
+ROOT = pathlib.Path(__file__).parents[2]
+TRAIN = (sys.executable, "-m", "horovod_recipes.train")
+HOROVODRUN = ("horovodrun", "-np", "2")
+TINY = (
+    "--config.model.filters=2",
+    "--config.epochs=2",
+    "--config.schedule.warmup_epochs=1",
+)
+
+
+def run(*command):
+    """Runs a command; its processes are killed after five minutes."""
+    return subprocess.run(
+        ["timeout", "--kill-after=10", "300", *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def error_lines(result):
+    return [line for line in result.stderr.splitlines() if "error: " in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=dmo"], "unknown config 'dmo': .* one of demo"),
+        (["--config=demo", "--config.epoch=3"], 'key .*epoch.*"epochs"'),
+        (["--config=demo", "--config.epochs=few"], "invalid literal .*'few'"),
+        (["--config=demo", "--bogus"], "Unknown command line flag 'bogus'"),
+        (["--config=demo", "--resume", "--overwrite"], "exclude each other"),
+        ([], "--config"),
+    ],
+    ids=["config", "key", "value", "flag", "modes", "none"],
+)
+def test_bad_command_line(tmp_path, arguments, message):
+    workdir = tmp_path / "run"
+    result = run(*TRAIN, f"--workdir={workdir}", *arguments)
+    assert result.returncode == 1
+    (line,) = error_lines(result)
+    assert re.search(message, line), line
+    assert result.stderr.splitlines()[-1] == line
+    assert not workdir.exists()
+
+
+def test_job_under_horovodrun(tmp_path):
+    workdir = tmp_path / "run"
+    job = [*TRAIN, "--config=demo", f"--workdir={workdir}", *TINY]
+    result = run(*HOROVODRUN, *job)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    settings = [line for line in lines if "config=demo ranks=2" in line]
+    assert len(settings) == 1
+    assert "global_batch=1024 (2 ranks x 512 micro-batch x 1 " in settings[0]
+    assert "steps=6 (2 epochs x 3)" in settings[0]
+    # Rank 0 alone has a progress bar; its last line is the summary.
+    assert not [line for line in lines if line.startswith("[1]<stdout>")]
+    assert lines[-1].startswith('[0]<stdout>:{"config": "demo"')
+    summary = json.loads(lines[-1].removeprefix("[0]<stdout>:"))
+    assert summary == json.loads((workdir / "summary.json").read_text())
+
+    # Its checkpoint loads where there is no Horovod.
+    script = (
+        "import sys; sys.modules['horovod'] = None; import keras, keras_lars; "
+        f"model = keras.saving.load_model({str(workdir)!r} + "
+        "'/checkpoints/epoch-0002.keras'); "
+        "print(type(model.optimizer).__name__, int(model.optimizer.iterations))"
+    )
+    loaded = run(sys.executable, "-c", script)
+    assert loaded.stdout.split() == ["LARS", "6"], loaded.stderr
+
+
+def test_corrupt_image_ends_all_ranks(tmp_path):
+    folder, (name,) = write_corrupt_copy(tmp_path / "data", "train", [3000])
+    workdir = tmp_path / "run"
+    result = run(
+        *HOROVODRUN,
+        *TRAIN,
+        "--config=demo",
+        f"--workdir={workdir}",
+        f"--config.dataset.data_dir={folder}",
+        *TINY,
+    )
+    assert result.returncode == 1
+    first, second = sorted(error_lines(result))
+    assert first.startswith("[0]<stderr>:error: rank 0 stopped because another")
+    assert second == (
+        f"[1]<stderr>:error: rank 1 met a corrupt image: {name}; replace it, "
+        "or train without it: --config.dataset.corrupt_images=skip"
+    )
+    assert not (workdir / "summary.json").exists()
+    assert not list(workdir.rglob(".part-*"))
+
+
+def test_bad_config_ends_all_ranks(tmp_path):
+    workdir = tmp_path / "run"
+    result = run(
+        *HOROVODRUN,
+        *TRAIN,
+        "--config=demo",
+        f"--workdir={workdir}",
+        "--config.global_batch_size=1001",
+    )
+    assert result.returncode == 1
+    lines = sorted(error_lines(result))
+    assert [line[:19] for line in lines] == [
+        "[0]<stderr>:error: ",
+        "[1]<stderr>:error: ",
+    ]
+    assert all("the nearest that is: 1000" in line for line in lines)
+    assert not workdir.exists()

@@ -1,0 +1,314 @@
+"""Training jobs on two ranks: what they write, and how they refuse."""
+
+import csv
+import json
+import os
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import horovod_recipes.keras as hvd
+from horovod_recipes import input_pipeline
+from horovod_recipes import train
+from horovod_recipes import training_callbacks
+from horovod_recipes.configs import demo
+from horovod_recipes.errors import JobError
+from horovod_recipes.models.small_cnn import small_cnn
+from tests.corrupt_dataset import write_corrupt_copy
+
+pytestmark = pytest.mark.filterwarnings("ignore:Your input ran out of data")
+
+
+def tiny_config(**changes):
+    config = demo.get_config()
+    config.model.filters = 2
+    config.epochs = 3
+    config.schedule.warmup_epochs = 1
+    config.checkpoint_every_epochs = 1
+    config.keep_checkpoints = 2
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def job(workdir, mode="new", **changes):
+    return train.train_and_evaluate(
+        tiny_config(**changes), "tiny", workdir, mode
+    )
+
+
+def assert_refused(match, workdir, mode="new", **changes):
+    """The same error, in one line, on both ranks; returns it."""
+    with pytest.raises(JobError, match=match) as error:
+        job(workdir, mode, **changes)
+    messages = hvd.allgather_object(str(error.value))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0]
+    return messages[0]
+
+
+def table(workdir):
+    with (workdir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stop_when_epoch_begins(monkeypatch, stopped_epoch):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == stopped_epoch:
+            raise JobError("stopped by the test")
+
+    monkeypatch.setattr(
+        training_callbacks.StopOnNonFiniteWeights,
+        "on_epoch_begin",
+        on_epoch_begin,
+    )
+
+
+def final_weights(workdir):
+    path = workdir / "checkpoints" / "epoch-0003.keras"
+    model = keras.saving.load_model(path)
+    return [w.numpy() for w in model.weights + model.optimizer.variables]
+
+
+def test_results_of_a_job(shared_folder):
+    workdir = shared_folder / "run"
+    summary = job(workdir)
+    assert (
+        hvd.allgather_object(summary)[1 - hvd.rank()].keys() == summary.keys()
+    )
+    assert summary["config"] == "tiny"
+    assert summary["ranks"] == 2
+    assert summary["global_batch_size"] == 1024
+    assert summary["steps"] == 9
+    assert summary["epochs"] == 3
+    assert summary["images_per_second"] > 0
+    assert summary["workdir"] == str(workdir)
+    top1 = hvd.allgather_object(summary["top1"])
+    assert top1[0] == top1[1]
+    # Of 1,000 examples that each count once, top-1 has one decimal.
+    assert round(summary["top1"] * 10, 6) == round(summary["top1"] * 10)
+
+    assert json.loads((workdir / "summary.json").read_text())["top1"] == top1[0]
+    rows = table(workdir)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["step"] for row in rows] == ["3", "6", "9"]
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates == pytest.approx(
+        [20 * 2 / 3, 20 * (4 / 6) ** 2, 20 * (1 / 6) ** 2], rel=1e-5
+    )
+    assert float(rows[-1]["test_top1_percent"]) == pytest.approx(top1[0])
+    assert (workdir / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard" / "train").iterdir())
+    assert list((workdir / "tensorboard" / "validation").iterdir())
+    checkpoints = sorted(p.name for p in (workdir / "checkpoints").iterdir())
+    assert checkpoints == ["epoch-0002.keras", "epoch-0003.keras"]
+    assert json.loads((workdir / "config.json").read_text())["epochs"] == 3
+
+
+def test_table_has_what_one_process_measures(shared_folder):
+    """The saved model, on the whole test set at once, gives the table's row."""
+    workdir = shared_folder / "run"
+    job(workdir)
+    model = keras.saving.load_model(
+        workdir / "checkpoints" / "epoch-0003.keras"
+    )
+    batches = input_pipeline.evaluation_batches(
+        input_pipeline.load_builder("mnist5k", None),
+        "test",
+        rank=0,
+        ranks=1,
+        batch_size=1000,
+        corrupt_images=input_pipeline.CorruptImages("stop"),
+    )
+    results = model.evaluate(batches, verbose=0, return_dict=True)
+    row = table(workdir)[-1]
+    assert float(row["test_loss"]) == pytest.approx(results["loss"], rel=1e-4)
+    assert float(row["test_top1_percent"]) == pytest.approx(
+        100 * results["top1"], rel=1e-5
+    )
+
+
+def test_accumulation_keeps_the_global_batch_and_the_schedule(shared_folder):
+    workdir = shared_folder / "run"
+    summary = job(workdir, accumulation_steps=2)
+    assert summary["global_batch_size"] == 1024
+    assert summary["steps"] == 9
+    model = keras.saving.load_model(
+        workdir / "checkpoints" / "epoch-0003.keras"
+    )
+    assert int(model.optimizer.iterations) == 9
+    rates = [float(row["learning_rate"]) for row in table(workdir)]
+    assert rates[-1] == pytest.approx(20 * (1 / 6) ** 2, rel=1e-5)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(shared_folder, monkeypatch):
+    whole, parts = shared_folder / "whole", shared_folder / "parts"
+    job(whole)
+    with monkeypatch.context() as patch:
+        stop_when_epoch_begins(patch, stopped_epoch=2)
+        with pytest.raises(JobError, match="stopped by the test"):
+            job(parts)
+    assert not (parts / "summary.json").exists()
+    summary = job(parts, mode="resume")
+    assert summary["steps"] == 9
+
+    columns = ("epoch", "step", "learning_rate", "train_loss", "test_loss")
+    for row, resumed_row in zip(table(whole), table(parts), strict=True):
+        for column in columns:
+            if row[column]:
+                assert float(resumed_row[column]) == pytest.approx(
+                    float(row[column]), rel=1e-4
+                )
+    for a, b in zip(final_weights(whole), final_weights(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_resuming_a_finished_run_trains_no_more(shared_folder):
+    workdir = shared_folder / "run"
+    summary = job(workdir)
+    before = final_weights(workdir)
+    again = job(workdir, mode="resume")
+    assert again == hvd.broadcast_object(summary, root_rank=0)
+    assert len(table(workdir)) == 3
+    for a, b in zip(before, final_weights(workdir), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_corrupt_images_are_skipped_and_counted(shared_folder):
+    folder, names = None, None
+    if hvd.rank() == 0:
+        folder, names = write_corrupt_copy(
+            shared_folder / "data", "train", [7, 3000]
+        )
+    folder, names = hvd.broadcast_object((folder, names), root_rank=0)
+    summary = job(
+        shared_folder / "run",
+        **{"dataset.data_dir": folder, "dataset.corrupt_images": "skip"},
+    )
+    assert summary["corrupt_images_skipped"] == 2
+    assert summary["steps"] == 9
+
+
+def test_loss_that_is_not_finite_stops_all_ranks(shared_folder):
+    workdir = shared_folder / "run"
+    message = assert_refused(
+        r"step 3 left infinities or NaN in 17 of 17 variables \(conv1/kernel",
+        workdir,
+        **{"schedule.peak_learning_rate": 1e38},
+    )
+    assert "lower the learning rate" in message
+    assert not (workdir / "summary.json").exists()
+    assert not list(workdir.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (
+            {"global_batch_size": 1023},
+            r"1023 is not divisible by 2 ranks x 1 .* that is: 1022",
+        ),
+        (
+            {"global_batch_size": 1001, "accumulation_steps": 3},
+            r"2 ranks x 3 accumulation steps = 6; the nearest that is: 1002",
+        ),
+        ({"global_batch_size": 1}, "the nearest that is: 2"),
+        ({"global_batch_size": 8000}, "more than the 4000 .* works is 4000"),
+        ({"global_batch_size": 0}, "global_batch_size must be 1 or more"),
+        ({"epochs": 0}, "epochs must be 1 or more"),
+        ({"schedule.warmup_epochs": 3}, "warmup_epochs .* below the 3 epochs"),
+        ({"model.name": "vgg"}, "model.name must be one of small_cnn"),
+        ({"dataset.augmentation": "cutout"}, "augmentation must be one of"),
+        ({"dataset.name": "nodigits"}, "unknown dataset 'nodigits'"),
+        ({"dataset.data_dir": "/empty"}, "get it with: python -m horovod_rec"),
+        ({"optimizer.momentum": 1.5}, "Argument `momentum` must be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_config_is_refused(shared_folder, changes, match):
+    assert_refused(match, shared_folder / "run", **changes)
+    assert not (shared_folder / "run").exists()
+
+
+def test_more_ranks_than_examples():
+    builder = input_pipeline.load_builder("mnist5k", None)
+    with pytest.raises(JobError, match=r"1001 ranks .* 1000 examples .* test"):
+        train.job_size(tiny_config(), builder, ranks=1001)
+
+
+def test_workdir_that_cannot_be_written_to(shared_folder):
+    if hvd.rank() == 0:
+        (shared_folder / "file").touch()
+    hvd.allgather_object(None)
+    for workdir in (shared_folder / "file" / "run", pathlib.Path("/proc/run")):
+        assert_refused("cannot write to --workdir=", workdir)
+
+
+def test_workdir_that_holds_a_run(shared_folder):
+    workdir = shared_folder / "run"
+    job(workdir, epochs=2)
+    before = (workdir / "config.json").read_text()
+    assert_refused(r"--resume.*--overwrite", workdir)
+    assert (workdir / "config.json").read_text() == before
+    assert job(workdir, mode="overwrite", epochs=3)["steps"] == 9
+    assert len(table(workdir)) == 3
+
+
+def test_workdir_that_holds_other_files_is_never_deleted(shared_folder):
+    if hvd.rank() == 0:
+        (shared_folder / "thesis.txt").write_text("years of work")
+    hvd.allgather_object(None)
+    for mode in ("new", "overwrite"):
+        assert_refused("files that are not of a run", shared_folder, mode)
+    assert (shared_folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_resume_without_a_run(shared_folder):
+    assert_refused("no run to resume", shared_folder / "run", "resume")
+
+
+def test_resume_with_another_model_or_optimizer(shared_folder, monkeypatch):
+    workdir = shared_folder / "run"
+    with monkeypatch.context() as patch:
+        stop_when_epoch_begins(patch, stopped_epoch=1)
+        with pytest.raises(JobError):
+            job(workdir)
+    assert_refused(
+        r"model.filters was 2 and is 3",
+        workdir,
+        "resume",
+        **{"model.filters": 3},
+    )
+    assert_refused(
+        r"optimizer.momentum was 0.9 and is 0.8",
+        workdir,
+        "resume",
+        **{"optimizer.momentum": 0.8},
+    )
+    assert not (workdir / "summary.json").exists()
+
+
+def test_resume_after_the_code_of_the_model_changed(shared_folder, monkeypatch):
+    workdir = shared_folder / "run"
+    with monkeypatch.context() as patch:
+        stop_when_epoch_begins(patch, stopped_epoch=1)
+        with pytest.raises(JobError):
+            job(workdir)
+    with monkeypatch.context() as patch:
+        patch.setitem(
+            train.MODELS,
+            "small_cnn",
+            lambda filters, **others: small_cnn(filters=2 * filters, **others),
+        )
+        assert_refused("saved from another model", workdir, "resume")
+
+
+def test_failure_on_one_rank_is_raised_on_all(monkeypatch, shared_folder):
+    def fail(config):
+        raise OSError("disk on fire")
+
+    if hvd.rank() == 1:
+        monkeypatch.setattr(train, "check_config", fail)
+    assert_refused("on rank 1: OSError: disk on fire", shared_folder / "run")
+    assert os.listdir(shared_folder) == []
