@@ -23,6 +23,8 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}")
 
+from horovod.common.exceptions import HorovodInternalError
+
 import horovod_recipes.keras as hvd
 from horovod_recipes import checkpoints
 from horovod_recipes import input_pipeline
@@ -127,10 +129,10 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
             shuffle=False,
             verbose=1 if hvd.rank() == 0 else 0,
         )
-    except tf.errors.OpError as error:
+        results = hvd.evaluate(model, evaluation, verbose=0)
+        skipped = hvd.allgather_object(corrupt_images.names)
+    except (tf.errors.OpError, HorovodInternalError, OSError) as error:
         raise stop_reason(error, corrupt_images) from error
-    results = hvd.evaluate(model, evaluation, verbose=0)
-    skipped = hvd.allgather_object(corrupt_images.names)
     summary = {
         "config": config_name,
         "ranks": job.ranks,
@@ -334,6 +336,8 @@ def stop_reason(error, corrupt_images):
             f"rank {hvd.rank()} stopped because another rank did; see what "
             "that one printed"
         )
+    if isinstance(error, OSError):
+        return JobError(f"rank {hvd.rank()} could not write: {error}")
     return error
 
 

@@ -122,3 +122,24 @@ def test_bad_config_ends_all_ranks(tmp_path):
     ]
     assert all("the nearest that is: 1000" in line for line in lines)
     assert not workdir.exists()
+
+
+def test_disk_that_fails_ends_all_ranks(tmp_path):
+    """Rank 0 cannot write its checkpoint: something is in the way."""
+    workdir = tmp_path / "run"
+    job = [*TRAIN, "--config=demo", f"--workdir={workdir}", *TINY]
+    script = (
+        "import sys; from horovod_recipes import train; "
+        "import horovod_recipes.checkpoints as c; "
+        "make = c.prepare_workdir; "
+        "c.prepare_workdir = lambda w, *a: (make(w, *a), "
+        "(w / 'checkpoints').touch()); "
+        "sys.exit(train.main(['train', *sys.argv[1:]]))"
+    )
+    result = run(*HOROVODRUN, sys.executable, "-c", script, *job[3:])
+    assert result.returncode == 1
+    first, second = sorted(error_lines(result))
+    assert first.startswith("[0]<stderr>:error: rank 0 could not write: ")
+    assert "checkpoints" in first
+    assert second.startswith("[1]<stderr>:error: rank 1 stopped because")
+    assert not (workdir / "summary.json").exists()
