@@ -15,11 +15,16 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=["keras_lars*", "horovod_recipes*"]
     ),
-    install_requires=["keras>=3.3"],
+    install_requires=["keras>=3.10"],
     extras_require={
         # Horovod is built: python -m horovod_recipes.install_horovod
         "recipes": [
             "absl-py",
+            # What Horovod needs to run, so that constraints pin it.
+            "cloudpickle",
+            "packaging",
+            "psutil",
+            "pyyaml",
             "matplotlib",
             "ml_collections",
             "tensorboard",

@@ -11,7 +11,27 @@ import shutil
 import keras
 
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
 from horovod_recipes.files import written_atomically
+
+# All that a run writes, and so all that --overwrite deletes.
+RUN_FILES = (
+    "config.json",
+    "checkpoints",
+    "metrics.csv",
+    "metrics.png",
+    "summary.json",
+    "tensorboard",
+)
+# Keys that a run may be resumed with another value of: they change where it
+# reads and what it writes, not what it computes from the data that is good.
+FREE_KEYS = {
+    "dataset.data_dir",
+    "dataset.corrupt_images",
+    "evaluate_every_epochs",
+    "checkpoint_every_epochs",
+    "keep_checkpoints",
+}
 
 
 def prepare_workdir(workdir, config, mode):
@@ -21,31 +41,16 @@ def prepare_workdir(workdir, config, mode):
         JobError: If the folder cannot be written to, or if what it holds does
             not go with `mode` and `config`.
     """
-    record = workdir / "config.json"
-    holds_run = record.exists()
-    if mode == "resume":
-        if not holds_run:
-            raise JobError(
-                f"no run to resume in {workdir}: it has no config.json; start "
-                "one without --resume"
-            )
-        check_same_config(json.loads(record.read_text()), config, workdir)
-        return
-    if workdir.exists() and any(workdir.iterdir()):
-        if not holds_run:
-            raise JobError(
-                f"{workdir} holds files that are not of a run; choose another "
-                "--workdir"
-            )
-        if mode == "new":
-            raise JobError(
-                f"{workdir} holds a run; go on with it (--resume), delete it "
-                "(--overwrite), or choose another --workdir"
-            )
-        shutil.rmtree(workdir)
     try:
+        saved_config = read_config(workdir)
+        if mode == "resume":
+            check_same_config(saved_config, config, workdir)
+            return
+        if workdir.exists() and any(workdir.iterdir()):
+            check_overwritable(saved_config, workdir, mode)
+            delete_run(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        with written_atomically(record) as part:
+        with written_atomically(workdir / "config.json") as part:
             part.write_text(config.to_json(indent=2))
     except OSError as error:
         raise JobError(
@@ -54,13 +59,51 @@ def prepare_workdir(workdir, config, mode):
         ) from None
 
 
+def read_config(workdir):
+    """Returns the config of the run in `workdir`; None if it holds no run."""
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    is_ours = isinstance(config, dict) and "global_batch_size" in config
+    return config if is_ours else None
+
+
+def check_overwritable(saved_config, workdir, mode):
+    if saved_config is None:
+        raise JobError(
+            f"{workdir} holds files that are not of a run; choose another "
+            "--workdir"
+        )
+    if mode == "new":
+        raise JobError(
+            f"{workdir} holds a run; go on with it (--resume), delete it "
+            "(--overwrite), or choose another --workdir"
+        )
+
+
+def delete_run(workdir):
+    for name in RUN_FILES:
+        path = workdir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def check_same_config(saved, config, workdir):
     """Raises `JobError` unless the run in `workdir` had this config."""
+    if saved is None:
+        raise JobError(
+            f"no run to resume in {workdir}: it has no config.json of a run; "
+            "start one without --resume"
+        )
     saved = _flatten(saved)
     asked = _flatten(json.loads(config.to_json()))
     differences = [
         f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}"
-        for key in sorted(saved | asked)
+        for key in sorted((saved | asked).keys() - FREE_KEYS)
         if saved.get(key) != asked.get(key)
     ]
     if differences:
@@ -114,22 +157,38 @@ def restore_latest(workdir, model):
     if not paths:
         return 0
     path = paths[max(paths)]
-    saved = keras.saving.load_model(path)
+    try:
+        saved = keras.saving.load_model(path)
+    except Exception as error:
+        raise JobError(
+            f"cannot load {path} ({one_line(error)}); delete it to go on from "
+            "the checkpoint before it"
+        ) from error
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
-    saved.optimizer.build(saved.trainable_variables)
     for kind, ours, theirs in (
-        ("model", model.weights, saved.weights),
-        ("optimizer", optimizer.variables, saved.optimizer.variables),
+        ("model", model, saved),
+        ("optimizer", optimizer, saved.optimizer),
     ):
-        if [v.shape for v in ours] != [v.shape for v in theirs]:
+        if _description(ours) != _description(theirs):
             raise JobError(
                 f"{path} was saved from another {kind}; go on with the code "
                 "it was saved with, or choose another --workdir"
             )
-        for variable, value in zip(ours, theirs, strict=True):
-            variable.assign(value)
+    for variable, value in zip(
+        model.weights + optimizer.variables,
+        saved.weights + saved.optimizer.variables,
+        strict=True,
+    ):
+        variable.assign(value)
     return max(paths)
+
+
+def _description(model_or_optimizer):
+    """Returns what must be equal for a state to be loaded."""
+    if isinstance(model_or_optimizer, keras.Model):
+        return [(v.path, v.shape) for v in model_or_optimizer.weights]
+    return keras.saving.serialize_keras_object(model_or_optimizer)
 
 
 class SaveCheckpoints(keras.callbacks.Callback):

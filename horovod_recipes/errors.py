@@ -2,7 +2,13 @@
 
 import contextlib
 
+import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
+
 import horovod_recipes.keras as hvd
+
+# What can surface on a rank when another rank has ended.
+SHUTDOWN_ERRORS = (tf.errors.OpError, HorovodInternalError)
 
 
 class JobError(Exception):
@@ -21,11 +27,25 @@ def raised_on_every_rank():
     except JobError as error:
         failure = str(error)
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
-    failures = hvd.allgather_object(failure)
+        failure = f"{type(error).__name__}: {one_line(error)}"
+    try:
+        failures = hvd.allgather_object(failure)
+    except SHUTDOWN_ERRORS as error:
+        raise another_rank_stopped() from error
     for failed_rank, failure in enumerate(failures):
         if failure is None:
             continue
         if all(other == failure for other in failures):
             raise JobError(failure)
         raise JobError(f"on rank {failed_rank}: {failure}")
+
+
+def another_rank_stopped():
+    return JobError(
+        f"rank {hvd.rank()} stopped because another rank did; see what that "
+        "one printed"
+    )
+
+
+def one_line(error):
+    return " ".join(str(error).split())

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 
 import horovod_recipes.datasets  # noqa: F401  registers the builders
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
 
 SHUFFLE_BUFFER = 16384
 
@@ -28,19 +29,24 @@ def load_builder(name, data_dir):
         JobError: If the dataset is unknown or not on disk.
     """
     flag = f" --data_dir={data_dir}" if data_dir else ""
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
-        raise JobError(
-            f"unknown dataset {name!r}: it is neither a TFDS dataset nor one "
-            "of horovod_recipes.datasets"
-        ) from None
+    builder = find_builder(name, data_dir)
     if not builder.is_prepared():
         raise JobError(
             f"the dataset {name!r} is not in {builder.data_path}; get it with: "
             f"python -m horovod_recipes.datasets {name}{flag}"
         )
     return builder
+
+
+def find_builder(name, data_dir):
+    """Returns the TFDS builder of a dataset, on disk or not."""
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise JobError(
+            f"unknown dataset {name!r}: it is neither a TFDS dataset nor one "
+            f"of horovod_recipes.datasets ({one_line(error)})"
+        ) from None
 
 
 class CorruptImages:
@@ -125,8 +131,10 @@ def training_batches(
                 ),
                 num_parallel_calls=tf.data.AUTOTUNE,
             )
-        batches = images.batch(batch_size, drop_remainder=True)
-        return batches.take(batches_per_epoch)
+        # What is skipped is made up for from a second pass over the shard.
+        batches = images.repeat(2).batch(batch_size, drop_remainder=True)
+        missing = _error_instead_of_a_batch(batches.element_spec)
+        return batches.concatenate(missing).take(batches_per_epoch)
 
     epochs = tf.data.Dataset.counter(first_epoch)
     return epochs.flat_map(epoch_of_batches).prefetch(tf.data.AUTOTUNE)
@@ -150,6 +158,19 @@ def _read_shard(builder, split, rank, ranks):
         decoders={"image": tfds.decode.SkipDecoding()},
         read_config=tfds.ReadConfig(add_tfds_id=True, try_autocache=False),
     )
+
+
+def _error_instead_of_a_batch(element_spec):
+    """Returns a dataset that fails; one without images would go on for ever."""
+
+    def fail(is_reached):
+        enough = tf.debugging.Assert(
+            tf.logical_not(is_reached), ["too few images can be decoded"]
+        )
+        with tf.control_dependencies([enough]):
+            return tuple(tf.zeros(s.shape, s.dtype) for s in element_spec)
+
+    return tf.data.Dataset.from_tensors(True).map(fail)
 
 
 def _decode(examples, builder, corrupt_images):

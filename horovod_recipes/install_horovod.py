@@ -1,6 +1,8 @@
 """Builds and installs Horovod against the TensorFlow that is installed.
 
-    python -m horovod_recipes.install_horovod
+    python -m horovod_recipes.install_horovod [--check]
+
+With `--check` it only looks whether this machine can build it.
 
 Horovod's last release does not compile against TensorFlow 2.16 and later: one
 source file, of XLA operations for GPUs, includes headers that moved. Without
@@ -37,34 +39,53 @@ class InstallError(Exception):
     """What is missing, in one line with the fix."""
 
 
-def main():
+def main(arguments):
     try:
-        install()
+        check_machine()
+        if arguments != ["--check"]:
+            install()
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"error: {error}; is the disk full or read-only?", file=sys.stderr
+        )
         return 1
     return 0
 
 
 def install():
     """Installs Horovod into this Python, or raises `InstallError`."""
-    check_machine()
     tensorflow = tensorflow_version()
     if is_current(tensorflow):
         print(f"Horovod {HOROVOD_VERSION} for TensorFlow {tensorflow} is here")
         return
     wheel = cached_wheel(tensorflow)
-    if not wheel.exists():
+    was_cached = wheel.exists()
+    if not was_cached:
         build_wheel(wheel)
-    pip("install", *RUN_REQUIREMENTS)
-    pip("install", "--force-reinstall", "--no-deps", str(wheel))
     try:
-        prove()
+        install_wheel(wheel)
     except InstallError:
-        pip("uninstall", "--yes", "horovod")
-        wheel.unlink()
-        raise
+        if not was_cached:
+            raise
+        # It may be of another machine that shares the folder, say.
+        build_wheel(wheel)
+        install_wheel(wheel)
     print(f"installed Horovod {HOROVOD_VERSION} for TensorFlow {tensorflow}")
+
+
+def install_wheel(wheel):
+    """Installs a wheel and proves that it works; if not, leaves neither."""
+    pip("install", *RUN_REQUIREMENTS)
+    try:
+        pip("install", "--force-reinstall", "--no-deps", str(wheel))
+        prove()
+    except BaseException:
+        pip("uninstall", "--yes", "horovod")
+        wheel.unlink(missing_ok=True)
+        raise
 
 
 def check_machine():
@@ -126,9 +147,11 @@ def is_current(tensorflow):
 def built_for():
     """Returns the TensorFlow version that the installed Horovod was built for.
 
-    None if it was built without TensorFlow.
+    None if it was built without TensorFlow, or its files are not there.
     """
     spec = importlib.util.find_spec("horovod")
+    if spec is None:
+        return None
     folder = pathlib.Path(spec.submodule_search_locations[0])
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
@@ -172,6 +195,7 @@ def cached_wheel(tensorflow):
 def build_wheel(wheel):
     """Builds Horovod from its source on PyPI and puts the wheel in place."""
     print("building Horovod: takes 2 to 4 minutes on 2 cores", flush=True)
+    wheel.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="horovod-build-") as folder:
         folder = pathlib.Path(folder)
         environment = build_environment(folder / "requirements")
@@ -187,7 +211,6 @@ def build_wheel(wheel):
             environment=environment,
         )
         (built,) = (folder / "wheel").glob("horovod-*.whl")
-        wheel.parent.mkdir(parents=True, exist_ok=True)
         # A rename within one folder is atomic: no half-written wheel is seen.
         part = wheel.with_name(f".{wheel.name}.{os.getpid()}")
         shutil.copy(built, part)
@@ -200,7 +223,13 @@ def build_environment(folder):
     if shutil.which("cmake") is None:
         requirements.append(CMAKE_REQUIREMENT)
     pip("install", "--target", str(folder), *requirements)
-    environment = os.environ | {
+    # The caller's settings for Horovod's build are not in the cache's key.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HOROVOD_")
+    }
+    environment |= {
         "PYTHONPATH": str(folder),
         "PATH": os.pathsep.join(
             [
@@ -286,11 +315,23 @@ def run(failure, command, environment=None):
             "w", prefix="horovod-", suffix=".log", delete=False
         ) as log:
             log.write(result.stdout)
-        lines = [line for line in result.stdout.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
-        reason = (errors or lines or ["no output"])[0].strip()
-        raise InstallError(f"{failure}: {reason} (all of it: {log.name})")
+        raise InstallError(
+            f"{failure}: {reason(result.stdout)} (all of it: {log.name})"
+        )
+
+
+def reason(log):
+    """Returns the line of a log that says what went wrong."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    if any("NewConnectionError" in line for line in lines):
+        return "the package index cannot be reached; check the network"
+    for mark in (": fatal error: ", ": error: ", "CMake Error"):
+        for line in lines:
+            if mark in line:
+                return line
+    errors = [line for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["no output"])[-1]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -23,13 +23,14 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}")
 
-from horovod.common.exceptions import HorovodInternalError
-
 import horovod_recipes.keras as hvd
 from horovod_recipes import checkpoints
 from horovod_recipes import input_pipeline
 from horovod_recipes import training_callbacks
+from horovod_recipes.errors import SHUTDOWN_ERRORS
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import another_rank_stopped
+from horovod_recipes.errors import one_line
 from horovod_recipes.errors import raised_on_every_rank
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
@@ -95,6 +96,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
             checkpoints.prepare_workdir(workdir, config, mode)
             if mode == "resume":
                 summary = checkpoints.read_summary(workdir)
+            if mode == "resume" and summary is None:
                 first_epoch = checkpoints.restore_latest(workdir, model)
     first_epoch, summary = hvd.broadcast_object((first_epoch, summary), 0)
     if summary is not None:
@@ -107,9 +109,9 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
     throughput = training_callbacks.Throughput(job.global_batch_size)
     callbacks = [
         hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
-        training_callbacks.StopOnNonFiniteWeights(),
         hvd.callbacks.AverageNonTrainableWeights(),
         hvd.callbacks.ExactMetrics(),
+        training_callbacks.StopOnNonFinite(),
         throughput,
     ]
     if hvd.rank() == 0:
@@ -118,7 +120,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
             config, job, schedule, workdir, throughput
         )
     try:
-        model.fit(
+        history = model.fit(
             training,
             validation_data=evaluation,
             validation_freq=evaluation_epochs(config),
@@ -129,9 +131,12 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
             shuffle=False,
             verbose=1 if hvd.rank() == 0 else 0,
         )
-        results = hvd.evaluate(model, evaluation, verbose=0)
+        if first_epoch < job.epochs:
+            top1 = history.history["val_top1"][-1]
+        else:
+            top1 = hvd.evaluate(model, evaluation, verbose=0)["top1"]
         skipped = hvd.allgather_object(corrupt_images.names)
-    except (tf.errors.OpError, HorovodInternalError, OSError) as error:
+    except (*SHUTDOWN_ERRORS, OSError) as error:
         raise stop_reason(error, corrupt_images) from error
     summary = {
         "config": config_name,
@@ -139,8 +144,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         "global_batch_size": job.global_batch_size,
         "steps": job.steps,
         "epochs": job.epochs,
-        "top1": round(100 * results["top1"], 2),
-        "test_loss": results["loss"],
+        "top1": round(100 * top1, 2),
         "images_per_second": throughput.images_per_second(),
         "seconds": round(time.time() - begin, 1),
         "corrupt_images_skipped": len(set().union(*skipped)),
@@ -153,7 +157,30 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
 
 
 def check_config(config):
-    """Raises `JobError` where a value of the config is out of its range."""
+    """Raises `JobError` where a key is missing or a value out of its range."""
+    for key in (
+        "model.name",
+        "dataset.name",
+        "dataset.data_dir",
+        "dataset.augmentation",
+        "dataset.corrupt_images",
+        "global_batch_size",
+        "accumulation_steps",
+        "epochs",
+        "seed",
+        "optimizer",
+        "schedule.peak_learning_rate",
+        "schedule.warmup_epochs",
+        "schedule.power",
+        "evaluate_every_epochs",
+        "checkpoint_every_epochs",
+        "keep_checkpoints",
+    ):
+        group = config
+        for part in key.split("."):
+            if part not in group:
+                raise JobError(f"the config has no {key}; configs/demo.py has")
+            group = group[part]
     for key in (
         "global_batch_size",
         "accumulation_steps",
@@ -324,7 +351,7 @@ def evaluation_epochs(config):
 
 
 def stop_reason(error, corrupt_images):
-    """Returns a `JobError` for what ended training, or the error itself."""
+    """Returns the `JobError` that says what ended training on this rank."""
     if corrupt_images.action == "stop" and corrupt_images.names:
         return JobError(
             f"rank {hvd.rank()} met a corrupt image: "
@@ -332,13 +359,21 @@ def stop_reason(error, corrupt_images):
             "without it: --config.dataset.corrupt_images=skip"
         )
     if "Horovod has been shut down" in str(error):
-        return JobError(
-            f"rank {hvd.rank()} stopped because another rank did; see what "
-            "that one printed"
-        )
-    if isinstance(error, OSError):
-        return JobError(f"rank {hvd.rank()} could not write: {error}")
-    return error
+        return another_rank_stopped()
+    return JobError(
+        f"rank {hvd.rank()} failed: {type(error).__name__}: {root_cause(error)}"
+    )
+
+
+def root_cause(error):
+    """Returns the line of a TensorFlow error that a person wants to see.
+
+    The message of an error in a graph is a list of places in the code, then
+    what happened, then marks in double brackets of the nodes it came through.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("[[")]
+    return lines[-1] if lines else "no message"
 
 
 def parse_flags(argv):
@@ -361,8 +396,13 @@ def parse_flags(argv):
         raise JobError(
             f"unknown key of the config: {one_line(error)}"
         ) from None
-    except (flags.Error, OSError) as error:
-        raise JobError(one_line(error)) from None
+    except flags.Error as error:
+        raise JobError(root_cause(error)) from None
+    except Exception as error:  # Whatever a config file may raise.
+        raise JobError(
+            f"cannot load --config={names[-1]}: {type(error).__name__}: "
+            f"{root_cause(error)}"
+        ) from None
     if rest:
         raise JobError(f"unknown argument {rest[0]!r}")
     if FLAGS.resume and FLAGS.overwrite:
@@ -381,8 +421,18 @@ def config_flag(name):
     raise JobError(f"unknown config {stem!r}: {CONFIG_CHOICES}")
 
 
-def one_line(error):
-    return " ".join(str(error).split())
+def choose_gpu():
+    """Gives this rank the GPU of its local rank, where the host has GPUs."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return
+    if len(gpus) < hvd.local_size():
+        raise JobError(
+            f"{hvd.local_size()} ranks are more than the {len(gpus)} GPUs of "
+            "their host; start one rank a GPU, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES=-1"
+        )
+    tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
 
 
 def main(argv):
@@ -394,15 +444,12 @@ def main(argv):
     warnings.filterwarnings("ignore", "Your input ran out of data")
     tf.get_logger().setLevel("ERROR")
     hvd.init()
-    if gpus := tf.config.list_physical_devices("GPU"):
-        tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
     try:
-        config_name, mode = parse_flags(argv)
+        with raised_on_every_rank():
+            choose_gpu()
+            config_name, mode = parse_flags(argv)
         summary = train_and_evaluate(
-            FLAGS.config,
-            config_name,
-            FLAGS.workdir,
-            mode,
+            FLAGS.config, config_name, FLAGS.workdir, mode
         )
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """What a training job watches and writes while `model.fit` runs."""
 
 import csv
+import math
 import time
 
 import keras
@@ -12,15 +13,17 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.files import written_atomically
 
 
-class StopOnNonFiniteWeights(keras.callbacks.Callback):
+class StopOnNonFinite(keras.callbacks.Callback):
     """Ends the job after the step that made a weight infinite or NaN.
 
     A NaN loss on any rank makes the averaged gradients NaN, and so the weights
     of all ranks: looking at these, which are the same everywhere, all ranks
-    stop at the same step.
+    stop at the same step. A loss that is not finite though the weights are,
+    as where a loss scale skips every step, is seen when the epoch ends; for
+    that, list this after `ExactMetrics`.
 
     Raises:
-        JobError: Naming the step and the variables.
+        JobError: Naming the step and the variables, or the epoch.
     """
 
     def on_train_begin(self, logs=None):
@@ -47,6 +50,15 @@ class StopOnNonFiniteWeights(keras.callbacks.Callback):
             f"{len(paths)} of {len(variables)} variables ({named}); lower the "
             "learning rate or lengthen the warm-up"
         )
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name, value in logs.items():
+            if not math.isfinite(value):
+                raise JobError(
+                    f"{name} is {value} after epoch {epoch + 1}, though the "
+                    "weights are finite; look for examples or a loss scale "
+                    "that make it so"
+                )
 
 
 class Throughput(keras.callbacks.Callback):

@@ -31,8 +31,12 @@ class LARS(keras.optimizers.Optimizer):
     ```
 
     The norms and the ratio are computed in float32 whatever the dtype of the
-    variable. A variable with a zero norm, and one excluded from adaptation,
-    uses `r = unadapted_scale`.
+    variable. A float16 or bfloat16 variable is rounded when it is stored, so
+    steps below its resolution (0.4 % in bfloat16) are lost: train with Keras's
+    mixed policies, which keep float32 variables.
+
+    A variable with a zero norm, and one excluded from adaptation, uses
+    `r = unadapted_scale`.
 
     Args:
         learning_rate: A float, a `keras.optimizers.schedules`
@@ -347,7 +351,7 @@ def _norm(x):
 
 
 def _compute_dtype(variable):
-    """Returns the dtype to update in: half precision would lose the step."""
+    """Returns the dtype to compute in: float32 for half-precision variables."""
     dtype = keras.backend.standardize_dtype(variable.dtype)
     return "float32" if dtype in ("float16", "bfloat16") else dtype
 

@@ -7,10 +7,10 @@ want their archives in DIR/downloads/manual.
 """
 
 import argparse
+import sys
 
-import tensorflow_datasets as tfds
-
-import horovod_recipes.datasets  # noqa: F401  registers the builders
+from horovod_recipes.errors import JobError
+from horovod_recipes.input_pipeline import find_builder
 
 
 def main():
@@ -20,8 +20,16 @@ def main():
     parser.add_argument("name")
     parser.add_argument("--data_dir", default=None)
     arguments = parser.parse_args()
-    builder = tfds.builder(arguments.name, data_dir=arguments.data_dir)
-    builder.download_and_prepare()
+    try:
+        builder = find_builder(arguments.name, arguments.data_dir)
+        builder.download_and_prepare()
+    except JobError as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: {arguments.name} needs the package {error.name}; install "
+            f"it with: pip install {error.name}"
+        )
     print(f"{builder.info.full_name} is in {builder.data_path}")
 
 

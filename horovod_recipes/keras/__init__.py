@@ -17,10 +17,7 @@ from horovod.tensorflow import Compression
 from horovod.tensorflow import ProcessSet
 from horovod.tensorflow import Sum
 from horovod.tensorflow import add_process_set
-from horovod.tensorflow import allgather
 from horovod.tensorflow import allgather_object
-from horovod.tensorflow import allreduce
-from horovod.tensorflow import broadcast
 from horovod.tensorflow import broadcast_object
 from horovod.tensorflow import ccl_built
 from horovod.tensorflow import cross_rank
@@ -40,7 +37,6 @@ from horovod.tensorflow import mpi_enabled
 from horovod.tensorflow import mpi_threads_supported
 from horovod.tensorflow import nccl_built
 from horovod.tensorflow import rank
-from horovod.tensorflow import reducescatter
 from horovod.tensorflow import remove_process_set
 from horovod.tensorflow import rocm_built
 from horovod.tensorflow import shutdown
@@ -49,6 +45,10 @@ from horovod.tensorflow import start_timeline
 from horovod.tensorflow import stop_timeline
 
 from horovod_recipes.keras import callbacks
+from horovod_recipes.keras.collectives import allgather
+from horovod_recipes.keras.collectives import allreduce
+from horovod_recipes.keras.collectives import broadcast
+from horovod_recipes.keras.collectives import reducescatter
 from horovod_recipes.keras.evaluation import evaluate
 from horovod_recipes.keras.optimizer import DistributedOptimizer
 from horovod_recipes.keras.variables import broadcast_variables

@@ -1,5 +1,7 @@
 """Callbacks that keep the ranks of a Keras 3 training alike."""
 
+import warnings
+
 import keras
 
 from horovod_recipes.keras.evaluation import check_metrics
@@ -13,7 +15,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Gives all ranks one rank's weights and optimizer state before step 1.
 
     The states of random generators stay each rank's own, so that dropout
-    masks differ between ranks.
+    masks differ between ranks. The training step is traced anew, so that one
+    from before the optimizer was distributed is not used again; and without
+    XLA, which Horovod's operations cannot be compiled by.
 
     Args:
         root_rank: Integer, the rank to copy from.
@@ -36,6 +40,15 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras; "
                 "a LossScaleOptimizer goes inside it."
             )
+        if self.model.jit_compile:
+            warnings.warn(
+                "The model was compiled with jit_compile on, and is trained "
+                "without: XLA cannot compile Horovod's operations. To silence "
+                "this: compile(..., jit_compile=False).",
+                stacklevel=2,
+            )
+            self.model.jit_compile = False
+        self.model.make_train_function(force=True)
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         # `weights` leaves out what `variables` has: metrics and seeds.
@@ -68,19 +81,24 @@ class ExactMetrics(keras.callbacks.Callback):
     callback can act: use `horovod_recipes.keras.evaluate` there.
 
     Raises:
-        ValueError: When training begins, if the state of a metric does not
+        ValueError: After the first step, if the state of a metric does not
             add up over ranks.
     """
 
     def __init__(self):
         super().__init__()
         self._results = {}
-
-    def on_train_begin(self, logs=None):
-        check_metrics(self.model)
+        self._checked = False
 
     def on_epoch_begin(self, epoch, logs=None):
         self._results = {}
+
+    def on_train_batch_end(self, batch, logs=None):
+        # Keras makes the metrics in the first step; refuse them then, not
+        # when the epoch ends.
+        if not self._checked:
+            check_metrics(self.model)
+            self._checked = True
 
     def on_test_begin(self, logs=None):
         # The metrics hold the training results until evaluation resets them.

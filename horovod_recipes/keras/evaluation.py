@@ -23,7 +23,6 @@ def evaluate(model, *args, **kwargs):
         ValueError: If the state of a metric does not add up over ranks.
     """
     model.evaluate(*args, **kwargs)
-    check_metrics(model)
     return global_results(model)
 
 
@@ -34,7 +33,11 @@ def global_results(model):
 
     Returns:
         `{metric name: value}`, the same on every rank.
+
+    Raises:
+        ValueError: If the state of a metric does not add up over ranks.
     """
+    check_metrics(model)
     variables = [v for metric in model.metrics for v in metric.variables]
     totals = sum_over_ranks(variables)
     for variable, total in zip(variables, totals, strict=True):
@@ -45,13 +48,18 @@ def global_results(model):
 
 
 def check_metrics(model):
-    """Raises where a metric's state cannot be added up over the ranks."""
+    """Raises where a metric's state cannot be added up over the ranks.
+
+    The states of all of Keras's own metrics are sums.
+    """
     for metric in _leaves(model.metrics):
-        if not isinstance(metric, (keras.metrics.Mean, keras.metrics.Sum)):
+        is_keras = type(metric).__module__.startswith("keras.")
+        bases = (keras.metrics.Mean, keras.metrics.Sum)
+        if not is_keras and not isinstance(metric, bases):
             raise ValueError(
                 f"The metric {metric.name!r} is a {type(metric).__name__}, "
-                "whose state does not add up over ranks as that of Mean and "
-                "Sum and of the classes built on them does. Use one of these."
+                "whose state may not add up over ranks as those of Keras's "
+                "own metrics do. Derive it from keras.metrics.Mean or Sum."
             )
 
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 def DistributedOptimizer(
     optimizer,
     name=None,
+    *,
     compression=hvd.Compression.none,
     op=hvd.Average,
     backward_passes_per_step=1,
@@ -107,53 +108,70 @@ class _DistributedApply:
         # state, which plain Keras must be able to load.
         self._accumulators = None
         self._passes_done = None
+        # Indices of the variables that had a gradient in any pass.
+        self._with_gradient = set()
 
     def __call__(self, grads, trainable_variables=None):
         grads = list(grads)
-        if trainable_variables is None:
-            variables = self._optimizer._trainable_variables
-        else:
-            variables = trainable_variables = list(trainable_variables)
+        optimizer = self._optimizer
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
         if self._passes == 1:
             self._local_apply(self._reduce(grads), trainable_variables)
             return
-        # Variables are created here, as a branch of a cond cannot.
-        if not self._optimizer.built:
-            self._optimizer.build(variables)
+        # Variables are created here: a branch of a cond cannot.
+        if not optimizer.built:
+            optimizer.build(trainable_variables)
         if self._accumulators is None:
-            self._create_accumulators(grads, variables)
-        for accumulator, grad in zip(self._accumulators, grads, strict=True):
-            if grad is not None:
-                accumulator.assign_add(
-                    tf.cast(tf.convert_to_tensor(grad), accumulator.dtype)
-                )
-        self._passes_done.assign_add(1)
+            self._create_accumulators(optimizer._trainable_variables)
+        if trainable_variables is None:
+            trainable_variables = optimizer._trainable_variables
+        self._accumulate(grads, trainable_variables)
         tf.cond(
-            tf.equal(self._passes_done, self._passes),
-            lambda: self._apply_accumulated(trainable_variables),
+            tf.equal(self._passes_done.assign_add(1), self._passes),
+            self._apply_accumulated,
             lambda: None,
         )
 
-    def _create_accumulators(self, grads, variables):
+    def _create_accumulators(self, variables):
         with tf.init_scope():
             self._passes_done = tf.Variable(0, trainable=False)
             self._accumulators = [
-                None
-                if grad is None
-                else tf.Variable(tf.zeros(v.shape, grad.dtype), trainable=False)
-                for grad, v in zip(grads, variables, strict=True)
+                tf.Variable(
+                    tf.zeros(v.shape, accumulation_dtype(v.dtype)),
+                    trainable=False,
+                )
+                for v in variables
             ]
 
-    def _apply_accumulated(self, trainable_variables):
-        grads = [
-            None if a is None else a / tf.cast(self._divisor, a.dtype)
-            for a in self._accumulators
-        ]
-        self._local_apply(self._reduce(grads), trainable_variables)
-        for accumulator in self._accumulators:
-            if accumulator is not None:
-                accumulator.assign(tf.zeros_like(accumulator))
+    def _accumulate(self, grads, variables):
+        for grad, variable in zip(grads, variables, strict=True):
+            index = self._optimizer._get_variable_index(variable)
+            if grad is None:
+                continue
+            self._with_gradient.add(index)
+            accumulator = self._accumulators[index]
+            accumulator.assign_add(
+                tf.cast(tf.convert_to_tensor(grad), accumulator.dtype)
+            )
+
+    def _apply_accumulated(self):
+        variables = self._optimizer._trainable_variables
+        grads = [None] * len(variables)
+        for index in self._with_gradient:
+            accumulator = self._accumulators[index]
+            mean = accumulator / tf.cast(self._divisor, accumulator.dtype)
+            grads[index] = tf.cast(mean, variables[index].dtype)
+        self._local_apply(self._reduce(grads), variables)
+        for index in self._with_gradient:
+            accumulator = self._accumulators[index]
+            accumulator.assign(tf.zeros_like(accumulator))
         self._passes_done.assign(0)
+
+
+def accumulation_dtype(dtype):
+    """Returns the dtype to add up gradients in: half precision would stall."""
+    return tf.float32 if dtype in ("float16", "bfloat16") else dtype
 
 
 def _allreduce(grads, name, compression, op, process_set):

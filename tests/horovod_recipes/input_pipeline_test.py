@@ -156,6 +156,24 @@ def test_corrupt_image_is_skipped_and_counted(builder, tmp_path, capsys):
     assert [warnings.count(name) for name in names] == [1, 1]
 
 
+def test_skipped_images_are_made_up_for_within_the_epoch(tmp_path):
+    folder, _ = write_corrupt_copy(tmp_path, "train", [3, 5])
+    batches = training(
+        input_pipeline.load_builder("mnist5k", folder),
+        batch_size=2000,
+        batches_per_epoch=1,
+        corrupt_images=input_pipeline.CorruptImages("skip"),
+    )
+    for images, _ in batches.take(2):
+        assert len(images) == 2000
+
+
+def test_shard_without_enough_images_is_an_error_not_a_hang(builder):
+    batches = training(builder, batch_size=4001, batches_per_epoch=1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too few images"):
+        next(iter(batches))
+
+
 def test_corrupt_image_stops_the_pipeline(tmp_path):
     folder, names = write_corrupt_copy(tmp_path, "train", [1500])
     builder = input_pipeline.load_builder("mnist5k", folder)

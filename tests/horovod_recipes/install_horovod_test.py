@@ -90,6 +90,72 @@ def test_what_is_installed_is_current():
     assert not install_horovod.is_current("2.16.2")
 
 
+def test_reason_is_the_compilers_error():
+    log = """
+  horovod/common/mpi.h:7:10: fatal error: mpi.h: No such file or directory
+  make: *** [all] Error 2
+  ERROR: Failed building wheel for horovod
+"""
+    assert install_horovod.reason(log).endswith(
+        "fatal error: mpi.h: No such file or directory"
+    )
+    assert (
+        install_horovod.reason("ERROR: first\nERROR: last\n") == "ERROR: last"
+    )
+    assert "network" in install_horovod.reason(
+        "WARNING: Retrying after NewConnectionError\nERROR: No matching\n"
+    )
+
+
+def test_build_ignores_settings_that_are_not_in_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
+    monkeypatch.setattr(install_horovod, "pip", lambda *_: None)
+    environment = install_horovod.build_environment(tmp_path)
+    assert "HOROVOD_GPU_OPERATIONS" not in environment
+    assert environment["HOROVOD_WITH_GLOO"] == "1"
+
+
+def test_wheel_that_does_not_work_is_uninstalled_and_forgotten(
+    tmp_path, monkeypatch
+):
+    """In an environment of its own, with a real but broken package."""
+    subprocess.run(
+        [sys.executable, "-m", "venv", tmp_path / "venv"],
+        check=True,
+        timeout=300,
+    )
+    package = tmp_path / "source" / "horovod"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('broken')")
+    (tmp_path / "source" / "setup.py").write_text(
+        "import setuptools; setuptools.setup(name='horovod', "
+        "version='0.28.1', packages=['horovod'])"
+    )
+    python = str(tmp_path / "venv" / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run(
+        [
+            *pip,
+            "wheel",
+            "--no-deps",
+            "--wheel-dir",
+            tmp_path,
+            tmp_path / "source",
+        ],
+        check=True,
+        timeout=300,
+    )
+    (wheel,) = tmp_path.glob("horovod-*.whl")
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(install_horovod.InstallError, match="does not work"):
+        install_horovod.install_wheel(wheel)
+    assert not wheel.exists()
+    shown = subprocess.run(
+        [python, "-m", "pip", "show", "horovod"], timeout=300
+    )
+    assert shown.returncode == 1
+
+
 TRAIN = ("-m", "horovod_recipes.train", "--config=demo", "--workdir=/never")
 
 

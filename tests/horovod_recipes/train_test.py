@@ -139,7 +139,7 @@ def test_disk_that_fails_ends_all_ranks(tmp_path):
     result = run(*HOROVODRUN, sys.executable, "-c", script, *job[3:])
     assert result.returncode == 1
     first, second = sorted(error_lines(result))
-    assert first.startswith("[0]<stderr>:error: rank 0 could not write: ")
+    assert first.startswith("[0]<stderr>:error: rank 0 failed: FileExistsError")
     assert "checkpoints" in first
     assert second.startswith("[1]<stderr>:error: rank 1 stopped because")
     assert not (workdir / "summary.json").exists()

@@ -160,10 +160,6 @@ def test_zero_norm_uses_unadapted_scale(weights, gradient):
     assert list(optimizer.trust_ratios().values()) == pytest.approx([0.1])
 
 
-def test_explicit_zero_epsilon_is_kept():
-    assert LARS(epsilon=0.0).get_config()["epsilon"] == 0.0
-
-
 @pytest.mark.parametrize(
     ("adaptation", "decay", "adapted", "decayed"),
     [

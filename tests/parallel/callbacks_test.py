@@ -116,17 +116,53 @@ def test_exact_metrics_in_fit():
         assert ranks_history["val_loss"] == pytest.approx([13.0])
 
 
+def test_states_of_keras_metrics_add_up():
+    """Predictions 0 .. 6 of targets 0, 2 .. 12."""
+    metrics = [
+        keras.metrics.RootMeanSquaredError(name="rmse"),
+        keras.metrics.R2Score(name="r2"),
+    ]
+    data = unequal_parts().map(lambda x, _: (x, 2 * x))
+    results = hvd.evaluate(create_model(metrics), data, verbose=0)
+    assert results["rmse"] == pytest.approx(13**0.5)
+    assert results["r2"] == pytest.approx(1 - 91 / 112)
+
+
+class Largest(keras.metrics.Metric):
+    """A metric whose states do not add up."""
+
+    def __init__(self):
+        super().__init__(name="largest")
+        self.value = self.add_variable((), "zeros", name="value")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign(tf.maximum(self.value, tf.reduce_max(y_pred)))
+
+    def result(self):
+        return self.value
+
+
 def test_metrics_that_do_not_add_up_are_refused():
-    model = create_model(metrics=[keras.metrics.R2Score(name="r2")])
-    with pytest.raises(ValueError, match="'r2' is a R2Score"):
-        hvd.evaluate(model, unequal_parts(), verbose=0)
-    with pytest.raises(ValueError, match="'r2' is a R2Score"):
-        model.fit(
-            unequal_parts(),
+    with pytest.raises(ValueError, match="'largest' is a Largest"):
+        hvd.evaluate(create_model([Largest()]), unequal_parts(), verbose=0)
+    with pytest.raises(ValueError, match="'largest' is a Largest"):
+        create_model([Largest()]).fit(
+            unequal_parts(first=2, second=2),
             verbose=0,
             shuffle=False,
             callbacks=[hvd.callbacks.ExactMetrics()],
         )
+
+
+def test_collectives_take_numbers_and_arrays():
+    rank = hvd.rank()
+    assert float(hvd.allreduce(float(rank))) == 0.5
+    assert float(hvd.allreduce(float(rank), op=hvd.Sum)) == 1.0
+    gathered = hvd.allgather(np.full(1 + rank, rank), name="gather")
+    np.testing.assert_array_equal(gathered, [0, 1, 1])
+    np.testing.assert_array_equal(hvd.broadcast([rank, 7], 1), [1, 7])
+    scattered = hvd.reducescatter(np.array([1.0, 3.0]) * (1 + rank))
+    np.testing.assert_array_equal(scattered, [[1.5], [4.5]][rank])
 
 
 def test_batch_norm_statistics_are_averaged():

@@ -216,6 +216,65 @@ def test_sparse_and_bfloat16_gradients():
     np.testing.assert_allclose(half.numpy().astype(float), [0.75, 0.75])
 
 
+def test_accumulated_gradients_belong_to_their_variables():
+    first, second = keras.Variable([0.0]), keras.Variable([0.0])
+    one, ten = tf.constant([1.0]), tf.constant([10.0])
+
+    optimizer = hvd.DistributedOptimizer(sgd(), backward_passes_per_step=2)
+    optimizer.build([first, second])
+    optimizer.apply([one], [first])
+    optimizer.apply([ten], [second])
+    assert (first.numpy(), second.numpy()) == (-0.5, -5.0)
+
+    optimizer.apply([one, ten], [first, second])
+    optimizer.apply([ten, one], [second, first])
+    assert (first.numpy(), second.numpy()) == (-1.5, -15.0)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_gradient_that_comes_only_in_a_later_pass():
+    first, second = keras.Variable([0.0]), keras.Variable([0.0])
+    one = tf.constant([1.0])
+    optimizer = hvd.DistributedOptimizer(sgd(), backward_passes_per_step=2)
+    optimizer.apply([one, None], [first, second])
+    optimizer.apply([one, one], [first, second])
+    assert (first.numpy(), second.numpy()) == (-1.0, -0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "passes", "value"), [("bfloat16", 512, 1), ("float16", 4, 3e4)]
+)
+def test_half_precision_gradients_accumulate_in_float32(dtype, passes, value):
+    variable = keras.Variable([0.0], dtype=dtype)
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(1.0),
+        backward_passes_per_step=passes,
+        average_aggregated_gradients=True,
+    )
+    for _ in range(passes):
+        optimizer.apply([tf.constant([value], dtype)], [variable])
+    assert float(variable.numpy()[0]) == pytest.approx(-value, rel=0.01)
+
+
+def test_optimizer_distributed_after_a_fit_averages():
+    model = create_model(seed=hvd.rank(), optimizer=create_lars())
+    fit(model, this_ranks_part(16), broadcast=False)
+    hvd.DistributedOptimizer(model.optimizer)
+    fit(model, this_ranks_part(16))
+    assert largest_difference(weights_of_all_ranks(model)) == 0.0
+
+
+def test_jit_compile_is_turned_off_with_a_warning():
+    model = create_model(
+        seed=hvd.rank(),
+        optimizer=hvd.DistributedOptimizer(create_lars()),
+        jit_compile=True,
+    )
+    with pytest.warns(UserWarning, match="jit_compile"):
+        fit(model, this_ranks_part(16))
+    assert largest_difference(weights_of_all_ranks(model)) == 0.0
+
+
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("passes", [1, 2])
 def test_variables_without_gradient_stay(passes):
@@ -232,7 +291,7 @@ def test_variables_without_gradient_stay(passes):
     ("arguments", "match"),
     [
         (dict(optimizer="sgd"), "keras.optimizers.Optimizer"),
-        (dict(op=hvd.Compression), "op"),
+        (dict(op=hvd.Compression), "`op`"),
         (dict(backward_passes_per_step=0), "backward_passes_per_step"),
     ],
 )

@@ -16,6 +16,7 @@ from horovod_recipes import training_callbacks
 from horovod_recipes.configs import demo
 from horovod_recipes.errors import JobError
 from horovod_recipes.models.small_cnn import small_cnn
+from keras_lars import LARS
 from tests.corrupt_dataset import write_corrupt_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Your input ran out of data")
@@ -59,7 +60,7 @@ def stop_when_epoch_begins(monkeypatch, stopped_epoch):
             raise JobError("stopped by the test")
 
     monkeypatch.setattr(
-        training_callbacks.StopOnNonFiniteWeights,
+        training_callbacks.StopOnNonFinite,
         "on_epoch_begin",
         on_epoch_begin,
     )
@@ -202,6 +203,57 @@ def test_loss_that_is_not_finite_stops_all_ranks(shared_folder):
     assert not list(workdir.glob("checkpoints/*"))
 
 
+class LossOfOneRank(keras.losses.SparseCategoricalCrossentropy):
+    """NaN on rank 1."""
+
+    def call(self, y_true, y_pred):
+        loss = super().call(y_true, y_pred)
+        return loss * (np.nan if hvd.rank() == 1 else 1.0)
+
+
+def test_nan_loss_on_one_rank_stops_all_ranks(shared_folder, monkeypatch):
+    monkeypatch.setattr(
+        keras.losses, "SparseCategoricalCrossentropy", LossOfOneRank
+    )
+    workdir = shared_folder / "run"
+    assert_refused("step 1 left infinities or NaN in 17 of 17", workdir)
+    assert not (workdir / "summary.json").exists()
+
+
+def test_nan_loss_with_finite_weights_stops_at_the_epoch(
+    shared_folder, monkeypatch
+):
+    class NanBesideTheGradient(keras.losses.SparseCategoricalCrossentropy):
+        def call(self, y_true, y_pred):
+            loss = super().call(y_true, y_pred)
+            return loss + (np.nan if hvd.rank() == 1 else 0.0)
+
+    monkeypatch.setattr(
+        keras.losses, "SparseCategoricalCrossentropy", NanBesideTheGradient
+    )
+    workdir = shared_folder / "run"
+    assert_refused(r"loss is nan after epoch 1", workdir)
+    assert not (workdir / "summary.json").exists()
+
+
+def test_weights_of_the_ranks_are_bit_equal(shared_folder, monkeypatch):
+    """After the real job, batch-norm statistics and optimizer state too."""
+    models = []
+    create_model = train.create_model
+
+    def remember(*arguments):
+        models.append(create_model(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(train, "create_model", remember)
+    job(shared_folder / "run")
+    (model,) = models
+    variables = model.weights + model.optimizer.variables
+    first, second = hvd.allgather_object([v.numpy() for v in variables])
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -221,6 +273,7 @@ def test_loss_that_is_not_finite_stops_all_ranks(shared_folder):
         ({"model.name": "vgg"}, "model.name must be one of small_cnn"),
         ({"dataset.augmentation": "cutout"}, "augmentation must be one of"),
         ({"dataset.name": "nodigits"}, "unknown dataset 'nodigits'"),
+        ({"dataset.name": "mnist/1/2/3"}, "unknown dataset 'mnist/1/2/3'"),
         ({"dataset.data_dir": "/empty"}, "get it with: python -m horovod_rec"),
         ({"optimizer.momentum": 1.5}, "Argument `momentum` must be"),
     ],
@@ -229,6 +282,13 @@ def test_loss_that_is_not_finite_stops_all_ranks(shared_folder):
 def test_bad_config_is_refused(shared_folder, changes, match):
     assert_refused(match, shared_folder / "run", **changes)
     assert not (shared_folder / "run").exists()
+
+
+def test_config_that_lacks_a_key(shared_folder):
+    config = tiny_config()
+    del config.schedule.power
+    with pytest.raises(JobError, match=r"the config has no schedule.power"):
+        train.train_and_evaluate(config, "tiny", shared_folder / "run")
 
 
 def test_more_ranks_than_examples():
@@ -261,6 +321,16 @@ def test_workdir_that_holds_other_files_is_never_deleted(shared_folder):
     hvd.allgather_object(None)
     for mode in ("new", "overwrite"):
         assert_refused("files that are not of a run", shared_folder, mode)
+    # Nor is one beside a run, or beside a config.json of another kind.
+    if hvd.rank() == 0:
+        (shared_folder / "config.json").write_text('{"layers": 12}')
+    hvd.allgather_object(None)
+    assert_refused("files that are not of a run", shared_folder, "overwrite")
+    hvd.allgather_object(None)
+    if hvd.rank() == 0:
+        (shared_folder / "config.json").write_text(tiny_config().to_json())
+    hvd.allgather_object(None)
+    job(shared_folder, mode="overwrite", epochs=2)
     assert (shared_folder / "thesis.txt").read_text() == "years of work"
 
 
@@ -287,6 +357,46 @@ def test_resume_with_another_model_or_optimizer(shared_folder, monkeypatch):
         **{"optimizer.momentum": 0.8},
     )
     assert not (workdir / "summary.json").exists()
+
+
+def test_resume_with_other_keys_that_change_no_result(
+    shared_folder, monkeypatch
+):
+    workdir = shared_folder / "run"
+    with monkeypatch.context() as patch:
+        stop_when_epoch_begins(patch, stopped_epoch=1)
+        with pytest.raises(JobError):
+            job(workdir)
+    changes = {"dataset.corrupt_images": "skip", "keep_checkpoints": 1}
+    assert job(workdir, "resume", **changes)["steps"] == 9
+
+
+def test_resume_from_a_checkpoint_that_is_broken(shared_folder, monkeypatch):
+    workdir = shared_folder / "run"
+    with monkeypatch.context() as patch:
+        stop_when_epoch_begins(patch, stopped_epoch=2)
+        with pytest.raises(JobError):
+            job(workdir)
+    if hvd.rank() == 0:
+        (workdir / "checkpoints" / "epoch-0002.keras").write_bytes(b"")
+    hvd.allgather_object(None)
+    assert_refused(
+        "cannot load .*epoch-0002.keras .*delete it", workdir, "resume"
+    )
+
+
+def test_resume_after_the_code_of_the_optimizer_changed(
+    shared_folder, monkeypatch
+):
+    workdir = shared_folder / "run"
+    with monkeypatch.context() as patch:
+        stop_when_epoch_begins(patch, stopped_epoch=1)
+        with pytest.raises(JobError):
+            job(workdir)
+    monkeypatch.setattr(
+        train, "LARS", lambda schedule, **_: LARS(schedule, momentum=0.5)
+    )
+    assert_refused("saved from another optimizer", workdir, "resume")
 
 
 def test_resume_after_the_code_of_the_model_changed(shared_folder, monkeypatch):

@@ -1,0 +1,54 @@
+"""Collectives with the signatures of `horovod.tensorflow.keras`."""
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+
+def allreduce(
+    value,
+    name=None,
+    average=None,
+    prescale_factor=1.0,
+    postscale_factor=1.0,
+    op=None,
+    compression=hvd.Compression.none,
+):
+    """Returns the mean, or another reduction, of all ranks' values.
+
+    Args:
+        value: A number, array or tensor, of the same shape on every rank.
+        name: String, the operation's name. Defaults to one made up.
+        average: Deprecated by Horovod in favour of `op`.
+        prescale_factor: Float, multiplies before. Defaults to `1.0`.
+        postscale_factor: Float, multiplies after. Defaults to `1.0`.
+        op: `Average` or `Sum`. Defaults to `Average`.
+        compression: `Compression.none` or `Compression.fp16`. Defaults to
+            `Compression.none`.
+    """
+    return hvd.allreduce(
+        tf.convert_to_tensor(value),
+        average=average,
+        compression=compression,
+        op=op,
+        prescale_factor=prescale_factor,
+        postscale_factor=postscale_factor,
+        name=name,
+    )
+
+
+def allgather(value, name=None):
+    """Returns all ranks' values, put together along the first dimension.
+
+    Only the first dimension may differ between the ranks.
+    """
+    return hvd.allgather(tf.convert_to_tensor(value), name=name)
+
+
+def broadcast(value, root_rank, name=None):
+    """Returns the value that `root_rank` has; all have the same shape."""
+    return hvd.broadcast(tf.convert_to_tensor(value), root_rank, name=name)
+
+
+def reducescatter(value, name=None, op=hvd.Average):
+    """Returns this rank's slice of the reduction, along the first dimension."""
+    return hvd.reducescatter(tf.convert_to_tensor(value), name=name, op=op)
