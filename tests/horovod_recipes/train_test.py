@@ -12,7 +12,11 @@ from tests.corrupt_dataset import write_corrupt_copy
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "horovod_recipes.train")
-HOROVODRUN = ("horovodrun", "-np", "2")
+HOROVODRUN = (
+    str(pathlib.Path(sys.executable).with_name("horovodrun")),
+    "-np",
+    "2",
+)
 TINY = (
     "--config.model.filters=2",
     "--config.epochs=2",
