@@ -86,9 +86,13 @@ class LARS(keras.optimizers.Optimizer):
             `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor`,
             `gradient_accumulation_steps`.
 
+    With `gradient_accumulation_steps` the schedule counts updates, as
+    `iterations` does; Keras's own optimizers run it once a micro-batch.
+
     Raises:
-        ValueError: If an argument is out of its range, or if a pattern of an
-            exclusion list matches no variable when the optimizer is built.
+        ValueError: If an argument is out of its range, if a pattern of an
+            exclusion list matches no variable when the optimizer is built,
+            or if Horovod's own Keras binding wraps it.
 
     Example:
 
@@ -123,6 +127,13 @@ class LARS(keras.optimizers.Optimizer):
         name="lars",
         **kwargs,
     ):
+        # The mark of the subclass that Horovod's own Keras binding makes.
+        if hasattr(self, "_HAS_AGGREGATE_GRAD"):
+            raise ValueError(
+                "horovod.tensorflow.keras.DistributedOptimizer does not "
+                "average gradients on Keras 3. Use DistributedOptimizer of: "
+                "import horovod_recipes.keras as hvd"
+            )
         if isinstance(learning_rate, int) and not isinstance(
             learning_rate, bool
         ):
@@ -303,6 +314,14 @@ class LARS(keras.optimizers.Optimizer):
             variable = self._trainable_variables[index]
             self.update_step(grad, variable.value, learning_rate)
 
+    def _get_current_learning_rate(self):
+        schedule = self._learning_rate
+        if isinstance(
+            schedule, keras.optimizers.schedules.LearningRateSchedule
+        ):
+            return schedule(self.iterations)
+        return super()._get_current_learning_rate()
+
     def _apply_weight_decay(self, variables):
         """Does nothing: the decay is part of the gradient, see above."""
 
@@ -318,7 +337,7 @@ class LARS(keras.optimizers.Optimizer):
                 "`optimizer.build(model.trainable_variables)` or train first."
             )
         return {
-            variable.path: float(ratio.value)
+            variable.path: float(ratio.numpy())
             for variable, ratio in zip(
                 self._trainable_variables, self._trust_ratios, strict=True
             )

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -336,11 +338,165 @@ def test_variable_without_gradient_stays():
     np.testing.assert_array_equal(variables[2].numpy(), before)
 
 
+def test_accumulated_micro_batches_follow_the_schedule_by_updates():
+    schedule = WarmupPolynomialDecay(3.0, total_steps=4, warmup_steps=1)
+    variables, gradients = variables_and_gradients(steps=8)
+    expected, _ = reference(
+        [v.numpy() for v in variables],
+        [
+            [(a + b) / 2 for a, b in zip(*pair, strict=True)]
+            for pair in zip(gradients[::2], gradients[1::2], strict=True)
+        ],
+        [float(schedule(update)) for update in range(4)],
+        adapted=[True, False, True],
+        decayed=[True, False, True],
+    )
+    optimizer = LARS(schedule, gradient_accumulation_steps=2)
+    for grads in gradients:
+        optimizer.apply([tf.constant(g, "float32") for g in grads], variables)
+    for variable, value in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(variable.numpy(), value, rtol=1e-5)
+
+
 def test_gradients_are_clipped_before_the_ratio():
     # Clipped to norm 1: r = 0.1 * 5 / 1.
     optimizer = LARS(1.0, momentum=0.0, trust_coefficient=0.1, clipnorm=1.0)
     stepped = one_step(optimizer, [[3.0, 4.0]], [[60.0, 80.0]])
     np.testing.assert_allclose(stepped, [[2.7, 3.6]], rtol=1e-5)
+
+
+def stepped(optimizer, in_function, wrap=lambda optimizer: optimizer):
+    """Returns the variables after six steps, eager or in a tf.function."""
+    variables, gradients = variables_and_gradients(steps=6)
+    variables[0].constraint = keras.constraints.NonNeg()
+    # A scalar and an empty variable belong to what must not break.
+    variables += [
+        keras.Variable(0.5, name="scale"),
+        keras.Variable(np.zeros(0, "float32"), name="empty"),
+    ]
+    optimizer = wrap(optimizer)
+    optimizer.build(variables)
+
+    def step(*grads):
+        optimizer.apply(list(grads), variables)
+
+    if in_function:
+        step = tf.function(step)
+    for grads in gradients:
+        grads = [tf.constant(g, "float32") for g in grads]
+        step(*grads, tf.constant(0.1), tf.zeros(0))
+    optimizer.finalize_variable_values(variables)
+    return [variable.numpy() for variable in variables]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        dict(learning_rate=lambda: 2.0),
+        dict(clipvalue=0.1),
+        dict(global_clipnorm=0.5),
+        dict(use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3),
+        dict(gradient_accumulation_steps=3),
+        dict(loss_scale_factor=8.0),
+    ],
+    ids=lambda arguments: next(iter(arguments), "plain"),
+)
+@pytest.mark.parametrize("in_function", [True, False])
+def test_compiled_update_equals_the_plain_eager_one(arguments, in_function):
+    arguments = {"learning_rate": 2.0, "weight_decay": 0.01} | arguments
+    plain = stepped(LARS(jit_compile=False, **arguments), in_function=False)
+    compiled = stepped(LARS(jit_compile=True, **arguments), in_function)
+    start, _ = variables_and_gradients(steps=0)
+    assert np.abs(plain[2] - start[2].numpy()).max() > 1e-4
+    # The average of the weights includes the first ones, before the constraint.
+    assert (plain[0] >= 0).all() or "use_ema" in arguments
+    for a, b in zip(compiled, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_function", [True, False])
+def test_loss_scale_optimizer_around_it(in_function):
+    def scaled(optimizer):
+        return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=4.0)
+
+    inside = stepped(LARS(2.0), in_function, wrap=scaled)
+    # The same gradients, divided by the scale.
+    plain = stepped(LARS(2.0, loss_scale_factor=4.0), in_function=False)
+    for a, b in zip(inside, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_follows_float32(policy):
+    plain = fitted_model(LARS(0.5, weight_decay=1e-3))
+    keras.config.set_dtype_policy(policy)
+    try:
+        mixed = fitted_model(LARS(0.5, weight_decay=1e-3))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for a, b in zip(mixed.get_weights(), plain.get_weights(), strict=True):
+        assert a.dtype == "float32"
+        np.testing.assert_allclose(a, b, atol=0.1)
+
+
+def test_frozen_layer_stays():
+    model = small_model()
+    model.layers[0].trainable = False
+    frozen = model.layers[0].get_weights()
+    trained = model.layers[-1].get_weights()
+    model.compile(LARS(4.0), "mse")
+    x = np.random.default_rng(0).normal(size=(32, 8))
+    model.fit(x, x[:, :3], verbose=0)
+    for a, b in zip(model.layers[0].get_weights(), frozen, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (model.layers[-1].get_weights()[0] != trained[0]).any()
+
+
+MIRRORED = """
+import numpy as np, tensorflow as tf, keras
+from keras_lars import LARS
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+)
+x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+y = np.argmax(x[:, :3], axis=1)
+
+
+def fitted():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    model.compile(
+        LARS(4.0, weight_decay=1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(x, y, batch_size=32, epochs=3, shuffle=False, verbose=0)
+    ratios = list(model.optimizer.trust_ratios().values())
+    return [*model.get_weights(), np.array(ratios)]
+
+
+alone = fitted()
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert strategy.num_replicas_in_sync == 2
+with strategy.scope():
+    mirrored = fitted()
+for a, b in zip(alone, mirrored, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+print("equal")
+"""
+
+
+def test_mirrored_strategy_equals_one_device():
+    # In a process of its own: devices are set up before TensorFlow starts.
+    result = subprocess.run(
+        [sys.executable, "-c", MIRRORED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.stdout.splitlines()[-1:] == ["equal"], result.stderr
 
 
 def test_config_round_trip_of_every_argument():
@@ -414,6 +570,12 @@ def test_pattern_without_a_match_is_an_error():
     optimizer = LARS(exclude_from_layer_adaptation=["dense/kernal"])
     with pytest.raises(ValueError, match=r"'dense/kernal'.*dense/kernel"):
         optimizer.build(variables)
+
+
+def test_horovods_own_keras_binding_is_refused():
+    stock = pytest.importorskip("horovod.tensorflow.keras")
+    with pytest.raises(ValueError, match=r"import horovod_recipes\.keras"):
+        stock.DistributedOptimizer(LARS())
 
 
 def test_integer_learning_rate_is_accepted():
