@@ -2,7 +2,8 @@
 #
 #   make demo PYTHON=python3.12 ARGS='--config.seed=3'
 #   make demo TENSORFLOW='tensorflow[and-cuda]==2.21.0'    the GPU build
-#   make demo TENSORFLOW=tensorflow-cpu==2.18.1 CONSTRAINTS=/dev/null
+#   make demo TENSORFLOW=tensorflow-cpu==2.16.2 \
+#     CONSTRAINTS=constraints-tensorflow-2.16.txt
 
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu==2.21.0
