@@ -4,7 +4,6 @@ horovodrun -np 2 python -m horovod_recipes.train --config=demo
     --workdir=DIR [--config.key=value ...] [--resume | --overwrite]
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -32,6 +31,8 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.errors import another_rank_stopped
 from horovod_recipes.errors import one_line
 from horovod_recipes.errors import raised_on_every_rank
+from horovod_recipes.job import check_config
+from horovod_recipes.job import job_size
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
@@ -40,25 +41,6 @@ CONFIGS = pathlib.Path(__file__).with_name("configs")
 CONFIG_CHOICES = "give the path of a file, or one of " + ", ".join(
     sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class JobSize:
-    """How the global batch is made up, and how many updates there are."""
-
-    ranks: int
-    micro_batch_size: int
-    accumulation_steps: int
-    steps_per_epoch: int
-    epochs: int
-
-    @property
-    def global_batch_size(self):
-        return self.ranks * self.micro_batch_size * self.accumulation_steps
-
-    @property
-    def steps(self):
-        return self.steps_per_epoch * self.epochs
 
 
 def train_and_evaluate(config, config_name, workdir, mode="new"):
@@ -154,101 +136,6 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         if hvd.rank() == 0:
             checkpoints.write_summary(workdir, summary)
     return summary
-
-
-def check_config(config):
-    """Raises `JobError` where a key is missing or a value out of its range."""
-    for key in (
-        "model.name",
-        "dataset.name",
-        "dataset.data_dir",
-        "dataset.augmentation",
-        "dataset.corrupt_images",
-        "global_batch_size",
-        "accumulation_steps",
-        "epochs",
-        "seed",
-        "optimizer",
-        "schedule.peak_learning_rate",
-        "schedule.warmup_epochs",
-        "schedule.power",
-        "evaluate_every_epochs",
-        "checkpoint_every_epochs",
-        "keep_checkpoints",
-    ):
-        group = config
-        for part in key.split("."):
-            if part not in group:
-                raise JobError(f"the config has no {key}; configs/demo.py has")
-            group = group[part]
-    for key in (
-        "global_batch_size",
-        "accumulation_steps",
-        "epochs",
-        "evaluate_every_epochs",
-        "checkpoint_every_epochs",
-        "keep_checkpoints",
-    ):
-        if config[key] < 1:
-            raise JobError(f"{key} must be 1 or more, but is {config[key]}")
-    if not 0 <= config.schedule.warmup_epochs < config.epochs:
-        raise JobError(
-            "schedule.warmup_epochs must be 0 or more and below the "
-            f"{config.epochs} epochs, but is {config.schedule.warmup_epochs}"
-        )
-    for key, value, choices in (
-        ("model.name", config.model.name, MODELS),
-        (
-            "dataset.augmentation",
-            config.dataset.augmentation,
-            input_pipeline.AUGMENTATIONS,
-        ),
-        (
-            "dataset.corrupt_images",
-            config.dataset.corrupt_images,
-            ("stop", "skip"),
-        ),
-    ):
-        if value not in choices:
-            raise JobError(
-                f"{key} must be one of {', '.join(choices)}, but is {value}"
-            )
-
-
-def job_size(config, builder, ranks):
-    """Returns the `JobSize`; raises `JobError` where it does not work out."""
-    batch = config.global_batch_size
-    for split in ("train", "test"):
-        examples = builder.info.splits[split].num_examples
-        if ranks > examples:
-            raise JobError(
-                f"{ranks} ranks are more than the {examples} examples of "
-                f"{config.dataset.name}'s {split} split; use at most {examples}"
-            )
-    micro_batches = ranks * config.accumulation_steps
-    if batch % micro_batches:
-        below = batch // micro_batches * micro_batches
-        nearest = [n for n in (below, below + micro_batches) if n > 0]
-        raise JobError(
-            f"global_batch_size {batch} is not divisible by {ranks} ranks x "
-            f"{config.accumulation_steps} accumulation steps = "
-            f"{micro_batches}; the nearest that is: "
-            f"{min(nearest, key=lambda n: abs(n - batch))}"
-        )
-    examples = builder.info.splits["train"].num_examples
-    if batch > examples:
-        raise JobError(
-            f"global_batch_size {batch} is more than the {examples} training "
-            f"examples of {config.dataset.name}; the largest that works is "
-            f"{examples // micro_batches * micro_batches}"
-        )
-    return JobSize(
-        ranks=ranks,
-        micro_batch_size=batch // micro_batches,
-        accumulation_steps=config.accumulation_steps,
-        steps_per_epoch=examples // batch,
-        epochs=config.epochs,
-    )
 
 
 def create_schedule(config, job):

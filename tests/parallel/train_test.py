@@ -15,6 +15,7 @@ from horovod_recipes import train
 from horovod_recipes import training_callbacks
 from horovod_recipes.configs import demo
 from horovod_recipes.errors import JobError
+from horovod_recipes.job import job_size
 from horovod_recipes.models.small_cnn import small_cnn
 from keras_lars import LARS
 from tests.corrupt_dataset import write_corrupt_copy
@@ -54,16 +55,19 @@ def table(workdir):
         return list(csv.DictReader(file))
 
 
-def stop_when_epoch_begins(monkeypatch, stopped_epoch):
-    def on_epoch_begin(self, epoch, logs=None):
-        if epoch == stopped_epoch:
+def interrupted_job(workdir, monkeypatch, epoch):
+    """Runs a job that all ranks leave when the given epoch begins."""
+
+    def on_epoch_begin(self, begun_epoch, logs=None):
+        if begun_epoch == epoch:
             raise JobError("stopped by the test")
 
-    monkeypatch.setattr(
-        training_callbacks.StopOnNonFinite,
-        "on_epoch_begin",
-        on_epoch_begin,
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training_callbacks.StopOnNonFinite, "on_epoch_begin", on_epoch_begin
+        )
+        with pytest.raises(JobError, match="stopped by the test"):
+            job(workdir)
 
 
 def final_weights(workdir):
@@ -146,10 +150,7 @@ def test_accumulation_keeps_the_global_batch_and_the_schedule(shared_folder):
 def test_resumed_run_equals_an_uninterrupted_one(shared_folder, monkeypatch):
     whole, parts = shared_folder / "whole", shared_folder / "parts"
     job(whole)
-    with monkeypatch.context() as patch:
-        stop_when_epoch_begins(patch, stopped_epoch=2)
-        with pytest.raises(JobError, match="stopped by the test"):
-            job(parts)
+    interrupted_job(parts, monkeypatch, epoch=2)
     assert not (parts / "summary.json").exists()
     summary = job(parts, mode="resume")
     assert summary["steps"] == 9
@@ -294,7 +295,7 @@ def test_config_that_lacks_a_key(shared_folder):
 def test_more_ranks_than_examples():
     builder = input_pipeline.load_builder("mnist5k", None)
     with pytest.raises(JobError, match=r"1001 ranks .* 1000 examples .* test"):
-        train.job_size(tiny_config(), builder, ranks=1001)
+        job_size(tiny_config(), builder, ranks=1001)
 
 
 def test_workdir_that_cannot_be_written_to(shared_folder):
@@ -340,10 +341,7 @@ def test_resume_without_a_run(shared_folder):
 
 def test_resume_with_another_model_or_optimizer(shared_folder, monkeypatch):
     workdir = shared_folder / "run"
-    with monkeypatch.context() as patch:
-        stop_when_epoch_begins(patch, stopped_epoch=1)
-        with pytest.raises(JobError):
-            job(workdir)
+    interrupted_job(workdir, monkeypatch, epoch=1)
     assert_refused(
         r"model.filters was 2 and is 3",
         workdir,
@@ -363,20 +361,14 @@ def test_resume_with_other_keys_that_change_no_result(
     shared_folder, monkeypatch
 ):
     workdir = shared_folder / "run"
-    with monkeypatch.context() as patch:
-        stop_when_epoch_begins(patch, stopped_epoch=1)
-        with pytest.raises(JobError):
-            job(workdir)
+    interrupted_job(workdir, monkeypatch, epoch=1)
     changes = {"dataset.corrupt_images": "skip", "keep_checkpoints": 1}
     assert job(workdir, "resume", **changes)["steps"] == 9
 
 
 def test_resume_from_a_checkpoint_that_is_broken(shared_folder, monkeypatch):
     workdir = shared_folder / "run"
-    with monkeypatch.context() as patch:
-        stop_when_epoch_begins(patch, stopped_epoch=2)
-        with pytest.raises(JobError):
-            job(workdir)
+    interrupted_job(workdir, monkeypatch, epoch=2)
     if hvd.rank() == 0:
         (workdir / "checkpoints" / "epoch-0002.keras").write_bytes(b"")
     hvd.allgather_object(None)
@@ -389,10 +381,7 @@ def test_resume_after_the_code_of_the_optimizer_changed(
     shared_folder, monkeypatch
 ):
     workdir = shared_folder / "run"
-    with monkeypatch.context() as patch:
-        stop_when_epoch_begins(patch, stopped_epoch=1)
-        with pytest.raises(JobError):
-            job(workdir)
+    interrupted_job(workdir, monkeypatch, epoch=1)
     monkeypatch.setattr(
         train, "LARS", lambda schedule, **_: LARS(schedule, momentum=0.5)
     )
@@ -401,10 +390,7 @@ def test_resume_after_the_code_of_the_optimizer_changed(
 
 def test_resume_after_the_code_of_the_model_changed(shared_folder, monkeypatch):
     workdir = shared_folder / "run"
-    with monkeypatch.context() as patch:
-        stop_when_epoch_begins(patch, stopped_epoch=1)
-        with pytest.raises(JobError):
-            job(workdir)
+    interrupted_job(workdir, monkeypatch, epoch=1)
     with monkeypatch.context() as patch:
         patch.setitem(
             train.MODELS,
