@@ -33,7 +33,8 @@ def load_builder(name, data_dir):
     if not builder.is_prepared():
         raise JobError(
             f"the dataset {name!r} is not in {builder.data_path}; get it with: "
-            f"python -m horovod_recipes.datasets {name}{flag}"
+            f"python -m horovod_recipes.datasets {name}{flag} (or set "
+            "TFDS_DATA_DIR to where it is)"
         )
     return builder
 

@@ -163,7 +163,10 @@ def built_for():
 def check_installed():
     """Raises `ImportError` unless a Horovod that fits is installed."""
     if importlib.util.find_spec("horovod") is None:
-        raise ImportError(f"Horovod is not installed; {FIX}")
+        raise ImportError(
+            "Horovod is not installed here; activate the environment that has "
+            f"it (. .venv/bin/activate), or {FIX}"
+        )
     try:
         tensorflow = tensorflow_version()
     except InstallError as error:

@@ -10,17 +10,18 @@ import sys
 import time
 import warnings
 
-import keras
-import tensorflow as tf
-from absl import flags
-from ml_collections import config_flags
-
 from horovod_recipes.install_horovod import check_installed
 
 try:
     check_installed()
 except ImportError as error:
     sys.exit(f"error: {error}")
+
+import keras
+import tensorflow as tf
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
 
 import horovod_recipes.keras as hvd
 from horovod_recipes import checkpoints
@@ -276,13 +277,18 @@ def parse_flags(argv):
     names = [a.removeprefix("--config=") for a in argv if "--config=" in a]
     if not names:
         raise JobError(f"--config is missing: {CONFIG_CHOICES}")
-    argv[argv.index(f"--config={names[-1]}")] = config_flag(names[-1])
+    # The config comes before the changes to it, which ml_collections looks for
+    # in `sys.argv`.
+    argv.remove(f"--config={names[-1]}")
+    argv.insert(1, config_flag(names[-1]))
+    sys.argv = argv
     try:
         rest = FLAGS(argv)[1:]
     except AttributeError as error:
-        raise JobError(
-            f"unknown key of the config: {one_line(error)}"
-        ) from None
+        # ml_collections wraps a KeyError, whose own text would be a repr.
+        cause = error.args[0]
+        text = cause.args[0] if isinstance(cause, KeyError) else cause
+        raise JobError(f"unknown key of the config: {one_line(text)}") from None
     except flags.Error as error:
         raise JobError(root_cause(error)) from None
     except Exception as error:  # Whatever a config file may raise.
@@ -292,6 +298,8 @@ def parse_flags(argv):
         ) from None
     if rest:
         raise JobError(f"unknown argument {rest[0]!r}")
+    if not FLAGS.workdir:
+        raise JobError("--workdir is missing: the folder for the results")
     if FLAGS.resume and FLAGS.overwrite:
         raise JobError("--resume and --overwrite exclude each other")
     if FLAGS.resume:
@@ -330,6 +338,7 @@ def main(argv):
     # Keras says so of every dataset whose length is not known beforehand.
     warnings.filterwarnings("ignore", "Your input ran out of data")
     tf.get_logger().setLevel("ERROR")
+    logging.set_verbosity(logging.ERROR)
     hvd.init()
     try:
         with raised_on_every_rank():
@@ -348,11 +357,15 @@ def main(argv):
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file(
-    "config", None, "A packaged config's name or a file.", flag_values=FLAGS
+    "config",
+    None,
+    f"What to train: {CONFIG_CHOICES}. Any key of it can be changed: "
+    "--config.epochs=10, --config.schedule.power=1.0 and so on.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_string("workdir", None, "Folder.", FLAGS, required=True)
-flags.DEFINE_bool("resume", False, "Go on with the run in it.", FLAGS)
-flags.DEFINE_bool("overwrite", False, "Delete the run in it first.", FLAGS)
+flags.DEFINE_string("workdir", None, "The folder for the results.", FLAGS)
+flags.DEFINE_bool("resume", False, "Go on with the run in workdir.", FLAGS)
+flags.DEFINE_bool("overwrite", False, "Delete the run in workdir.", FLAGS)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

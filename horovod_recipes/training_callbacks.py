@@ -83,7 +83,8 @@ class Throughput(keras.callbacks.Callback):
         if not self._seconds:
             return None
         counted = self._seconds[1:] or self._seconds
-        return self._global_batch_size * len(counted) / sum(counted)
+        images = self._global_batch_size * len(counted)
+        return round(images / sum(counted), 1)
 
 
 class MetricsTable(keras.callbacks.Callback):
@@ -138,12 +139,12 @@ class MetricsTable(keras.callbacks.Callback):
             # That of the epoch's last update; the schedule counts from 0.
             "learning_rate": float(self._schedule(step - 1)),
             "train_loss": logs["loss"],
-            "train_top1_percent": 100 * logs["top1"],
+            "train_top1_percent": round(100 * logs["top1"], 4),
             "images_per_second": self._throughput.images_per_second(),
         }
         if "val_loss" in logs:
             row["test_loss"] = logs["val_loss"]
-            row["test_top1_percent"] = 100 * logs["val_top1"]
+            row["test_top1_percent"] = round(100 * logs["val_top1"], 4)
         return row
 
 

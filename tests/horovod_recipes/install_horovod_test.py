@@ -168,9 +168,14 @@ def test_job_without_horovod(tmp_path):
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last == (
-        "error: Horovod is not installed; "
-        "run: python -m horovod_recipes.install_horovod"
+        "error: Horovod is not installed here; activate the environment that "
+        "has it (. .venv/bin/activate), or run: "
+        "python -m horovod_recipes.install_horovod"
     )
+
+
+def test_job_outside_of_the_environment():
+    assert_one_line(run("-S", *TRAIN), "Horovod is not installed", "activate")
 
 
 def test_job_with_horovod_for_another_tensorflow(tmp_path):

@@ -42,13 +42,17 @@ def error_lines(result):
     ("arguments", "message"),
     [
         (["--config=dmo"], "unknown config 'dmo': .* one of demo"),
-        (["--config=demo", "--config.epoch=3"], 'key .*epoch.*"epochs"'),
+        (
+            ["--config.epoch=3", "--config=demo"],
+            r"""config: 'epoch' Did you mean "epochs" instead of "epoch"\?$""",
+        ),
         (["--config=demo", "--config.epochs=few"], "invalid literal .*'few'"),
         (["--config=demo", "--bogus"], "Unknown command line flag 'bogus'"),
         (["--config=demo", "--resume", "--overwrite"], "exclude each other"),
-        ([], "--config"),
+        ([], "--config is missing: .* one of demo"),
+        (["--config=demo", "--workdir="], "--workdir is missing"),
     ],
-    ids=["config", "key", "value", "flag", "modes", "none"],
+    ids=["config", "key", "value", "flag", "modes", "none", "workdir"],
 )
 def test_bad_command_line(tmp_path, arguments, message):
     workdir = tmp_path / "run"
