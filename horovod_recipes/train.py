@@ -38,6 +38,7 @@ from horovod_recipes.models import MODELS
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
 
+SECONDS_TO_SAY_WHY = 5
 CONFIGS = pathlib.Path(__file__).with_name("configs")
 CONFIG_CHOICES = "give the path of a file, or one of " + ", ".join(
     sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
@@ -349,6 +350,10 @@ def main(argv):
         )
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        # horovodrun kills the other ranks when the first one exits. This tells
+        # them to stop, and leaves them time to say so.
+        hvd.shutdown()
+        time.sleep(SECONDS_TO_SAY_WHY)
         return 1
     if hvd.rank() == 0:
         print(json.dumps(summary), flush=True)
