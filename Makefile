@@ -8,6 +8,8 @@
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu==2.21.0
 CONSTRAINTS ?= constraints.txt
+TORCH ?= torch==2.13.0
+TIMM ?= timm==1.0.31
 WORKDIR ?= runs/demo
 ARGS ?=
 
@@ -26,10 +28,14 @@ DATA := $(TFDS_DATA_DIR)/mnist5k/1.0.0/dataset_info.json
 SETTINGS := $(BASE_PYTHON) $(TENSORFLOW) $(CONSTRAINTS)
 
 # Every job has a time limit, in seconds, and ends its own processes.
-TWO_RANKS = timeout --kill-after=10 900 $(BIN)/horovodrun -np 2 $(BIN)/python
+TWO_RANKS = timeout --kill-after=10 1800 $(BIN)/horovodrun -np 2 $(BIN)/python
 TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
 
-.PHONY: demo test lint unit-tests parallel-tests demo-seeds clean always
+ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
+  exactness_test.py schedules_test.py callbacks_test.py)
+
+.PHONY: demo test lint unit-tests parallel-tests torch-tests demo-seeds clean \
+  always
 
 demo: .venv/done $(DATA)
 	$(TWO_RANKS) $(TRAIN_DEMO) --workdir=$(WORKDIR) $(ARGS)
@@ -43,7 +49,18 @@ lint: .venv/done
 
 # The doctests are those of the README and of the docstrings.
 unit-tests: .venv/done $(DATA)
-	timeout --kill-after=10 1200 $(BIN)/python -m pytest
+	timeout --kill-after=10 1800 $(BIN)/python -m pytest
+	KERAS_BACKEND=jax timeout --kill-after=10 600 $(BIN)/python -m pytest \
+	  $(ANY_BACKEND_TESTS)
+
+# PyPI's torch for Linux brings CUDA, several GB; the CPU's is on its own index.
+torch-tests: .venv/done
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
+	KERAS_BACKEND=torch timeout --kill-after=10 600 $(BIN)/python -m pytest \
+	  $(ANY_BACKEND_TESTS)
+	timeout --kill-after=10 600 $(BIN)/python -m pytest \
+	  tests/keras_lars/exactness_test.py -k timm
 
 parallel-tests: .venv/done $(DATA)
 	$(TWO_RANKS) -m pytest tests/parallel

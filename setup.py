@@ -33,7 +33,10 @@ setuptools.setup(
             "importlib_resources",
         ],
         "demo": ["mlxtend"],
-        "test": ["pytest", "ruff"],
+        # For keras_lars.callbacks.TrustRatioLogger, beside TensorFlow.
+        "telemetry": ["matplotlib", "tensorboard"],
+        "bench": ["absl-py", "jax", "optax"],
+        "test": ["jax", "optax", "pytest", "ruff"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

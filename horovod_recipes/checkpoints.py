@@ -22,6 +22,7 @@ RUN_FILES = (
     "metrics.png",
     "summary.json",
     "tensorboard",
+    "trust_ratios",
 )
 # Keys that a run may be resumed with another value of: they change where it
 # reads and what it writes, not what it computes from the data that is good.
@@ -31,6 +32,7 @@ FREE_KEYS = {
     "evaluate_every_epochs",
     "checkpoint_every_epochs",
     "keep_checkpoints",
+    "log_trust_ratios_every_steps",
 }
 
 

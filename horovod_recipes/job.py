@@ -26,6 +26,7 @@ def check_config(config):
         "evaluate_every_epochs",
         "checkpoint_every_epochs",
         "keep_checkpoints",
+        "log_trust_ratios_every_steps",
     ):
         group = config
         for part in key.split("."):
@@ -39,6 +40,7 @@ def check_config(config):
         "evaluate_every_epochs",
         "checkpoint_every_epochs",
         "keep_checkpoints",
+        "log_trust_ratios_every_steps",
     ):
         if config[key] < 1:
             raise JobError(f"{key} must be 1 or more, but is {config[key]}")

@@ -36,6 +36,7 @@ from horovod_recipes.job import check_config
 from horovod_recipes.job import job_size
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
+from keras_lars.callbacks import TrustRatioLogger
 from keras_lars.schedules import WarmupPolynomialDecay
 
 SECONDS_TO_SAY_WHY = 5
@@ -224,6 +225,9 @@ def results_callbacks(config, job, schedule, workdir, throughput):
             workdir, job.steps_per_epoch, schedule, throughput
         ),
         keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False),
+        TrustRatioLogger(
+            workdir / "trust_ratios", config.log_trust_ratios_every_steps
+        ),
         checkpoints.SaveCheckpoints(
             workdir,
             config.checkpoint_every_epochs,

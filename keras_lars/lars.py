@@ -1,5 +1,6 @@
 """The LARS optimizer: one learning rate per layer, for large-batch training."""
 
+import collections
 import difflib
 import math
 import re
@@ -61,7 +62,8 @@ class LARS(keras.optimizers.Optimizer):
             - `"paper"`: `v = m*v + lr*r*d; w = w - v`.
             - `"pytorch"`: `v = m*v + r*d; w = w - lr*v`.
             - `"popular"`: `v = m*v + d; w = w - lr*r*v`, with the ratio
-                `trust_coefficient * norm(w) / norm(v)`.
+                `trust_coefficient * norm(w) / norm(u)`, where `u` is `v`,
+                or `m*v + d` with Nesterov momentum.
             Defaults to `"paper"`.
         trust_clip: Whether to clip the ratio of an adapted variable to
             `min(r / learning_rate, 1)` as LARC does, so that its rate never
@@ -169,6 +171,23 @@ class LARS(keras.optimizers.Optimizer):
             "exclude_from_layer_adaptation", exclude_from_layer_adaptation
         )
         _check_patterns("exclude_from_weight_decay", exclude_from_weight_decay)
+        for argument in (
+            "clipnorm",
+            "clipvalue",
+            "global_clipnorm",
+            "loss_scale_factor",
+        ):
+            if kwargs.get(argument) is not None:
+                _check_number(argument, kwargs[argument], positive=True)
+        accumulation_steps = kwargs.get("gradient_accumulation_steps")
+        if accumulation_steps is not None and (
+            not isinstance(accumulation_steps, int) or accumulation_steps < 2
+        ):
+            raise ValueError(
+                "Argument `gradient_accumulation_steps` must be None or an "
+                "integer 2 or more. Received: "
+                f"gradient_accumulation_steps={accumulation_steps!r}"
+            )
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -202,17 +221,17 @@ class LARS(keras.optimizers.Optimizer):
         )
         super().build(variables)
         self._velocities = self.add_optimizer_variables(variables, "velocity")
+        self._unique_paths = _unique([variable.path for variable in variables])
+        # None for a variable that is not adapted.
         self._trust_ratios = [
-            self.add_variable(
+            None
+            if _is_excluded(variable, adaptation_exclusions)
+            else self.add_variable(
                 (),
                 initializer="ones",
                 dtype="float32",
                 name=f"{variable.path.replace('/', '_')}_trust_ratio",
             )
-            for variable in variables
-        ]
-        self._adapted = [
-            not _is_excluded(variable, adaptation_exclusions)
             for variable in variables
         ]
         self._weight_decays = [
@@ -222,6 +241,12 @@ class LARS(keras.optimizers.Optimizer):
             else self.weight_decay
             for variable in variables
         ]
+
+    def apply(self, grads, trainable_variables=None):
+        # The norms need every row of a sparse gradient, and Keras would clip
+        # and unscale only the rows that it has, repeated ones one by one.
+        grads = [_dense(gradient) for gradient in grads]
+        super().apply(grads, trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable from its gradient."""
@@ -256,7 +281,6 @@ class LARS(keras.optimizers.Optimizer):
 
         self.assign(velocity, ops.cast(v, velocity.dtype))
         self.assign(variable, ops.cast(w - step, variable.dtype))
-        self.assign(self._trust_ratios[index], ratio)
 
     def _trust_ratio(self, index, w, u, weight_decay, learning_rate):
         """Returns the float32 factor on the learning rate of a variable.
@@ -265,11 +289,13 @@ class LARS(keras.optimizers.Optimizer):
         decay or, in the popular style, the velocity.
         """
         unadapted = ops.convert_to_tensor(self.unadapted_scale, "float32")
-        if not self._adapted[index]:
+        if self._trust_ratios[index] is None:
             return unadapted
-        w_norm = _norm(w)
-        u_norm = _norm(u)
-        adaptable = ops.logical_and(w_norm > 0, u_norm > 0)
+        size = math.prod(w.shape)
+        w_norm = _norm(w, size)
+        u_norm = _norm(u, size)
+        # Not "above 0": NaN must stay to be seen.
+        adaptable = ops.logical_and(w_norm != 0, u_norm != 0)
         denominator = u_norm + weight_decay * w_norm + self.epsilon
         ratio = (
             self.trust_coefficient
@@ -279,7 +305,9 @@ class LARS(keras.optimizers.Optimizer):
         if self.trust_clip:
             # A rate of 0 gives inf, which the minimum makes 1.
             ratio = ops.minimum(ratio / learning_rate, 1.0)
-        return ops.where(adaptable, ratio, unadapted)
+        ratio = ops.where(adaptable, ratio, unadapted)
+        self.assign(self._trust_ratios[index], ratio)
+        return ratio
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         learning_rate = ops.cast(learning_rate, "float32")
@@ -290,9 +318,6 @@ class LARS(keras.optimizers.Optimizer):
             return
         import tensorflow as tf
 
-        # The norms need every row, so a sparse gradient is made dense. (Keras's
-        # own `convert_to_tensor` would leave it, and norms miss repeated rows.)
-        grads = [tf.convert_to_tensor(g) for g in grads]
         if (
             not self.jit_compile
             or self._distribution_strategy.num_replicas_in_sync > 1
@@ -329,7 +354,9 @@ class LARS(keras.optimizers.Optimizer):
         """Returns `{variable path: trust ratio of the last step}`.
 
         The ratio is the factor on the learning rate: for a variable that is
-        not adapted, `unadapted_scale`. Before the first step it is 1.
+        not adapted, `unadapted_scale`; for an adapted one that has had no
+        gradient yet, 1. A path that several variables share is followed by
+        `_1`, `_2` and so on.
         """
         if not self.built:
             raise ValueError(
@@ -337,9 +364,11 @@ class LARS(keras.optimizers.Optimizer):
                 "`optimizer.build(model.trainable_variables)` or train first."
             )
         return {
-            variable.path: float(ratio.numpy())
-            for variable, ratio in zip(
-                self._trainable_variables, self._trust_ratios, strict=True
+            path: float(
+                self.unadapted_scale if ratio is None else ratio.numpy()
+            )
+            for path, ratio in zip(
+                self._unique_paths, self._trust_ratios, strict=True
             )
         }
 
@@ -365,8 +394,29 @@ class LARS(keras.optimizers.Optimizer):
         return config
 
 
-def _norm(x):
-    return ops.sqrt(ops.sum(ops.square(ops.cast(x, "float32"))))
+def _dense(gradient):
+    if keras.backend.backend() != "tensorflow":
+        return gradient
+    import tensorflow as tf
+
+    # Keras's own `convert_to_tensor` leaves it sparse.
+    sparse = isinstance(gradient, tf.IndexedSlices)
+    return tf.convert_to_tensor(gradient) if sparse else gradient
+
+
+def _norm(x, size):
+    """Returns the Euclidean norm of the `size` numbers in `x`, in float32.
+
+    XLA:CPU stores all squares before it sums them, and sums them without
+    vector instructions. The sum of a few long rows it computes in one pass,
+    vectorised and on all threads, and a sixteenth is left to sum. Without
+    `maximum`, which changes nothing here, it would fold both sums back into
+    one. `horovod_recipes.benchmarks.norm` times this and other ways.
+    """
+    squares = ops.square(ops.cast(x, "float32"))
+    rows = math.gcd(size, 16)
+    row_sum = ops.sum(ops.reshape(squares, (rows, -1)), axis=0)
+    return ops.sqrt(ops.sum(ops.maximum(row_sum, 0.0)))
 
 
 def _compute_dtype(variable):
@@ -381,6 +431,16 @@ def _is_excluded(variable, patterns):
     return any(re.search(pattern, variable.path) for pattern in patterns)
 
 
+def _unique(paths):
+    """Returns the paths with `_1`, `_2` ... after those seen before."""
+    seen = collections.Counter()
+    unique = []
+    for path in paths:
+        unique.append(f"{path}_{seen[path]}" if seen[path] else path)
+        seen[path] += 1
+    return unique
+
+
 def _check_number(name, value, below=math.inf, positive=False):
     rule = "above 0" if positive else "0 or more"
     if below < math.inf:
@@ -392,7 +452,7 @@ def _check_number(name, value, below=math.inf, positive=False):
         or not value < below
     ):
         raise ValueError(
-            f"Argument `{name}` must be a finite number {rule}. "
+            f"Argument `{name}` must be a finite Python number {rule}. "
             f"Received: {name}={value!r}"
         )
 

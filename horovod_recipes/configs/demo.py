@@ -48,4 +48,5 @@ def get_config():
     config.evaluate_every_epochs = 5
     config.checkpoint_every_epochs = 5
     config.keep_checkpoints = 3
+    config.log_trust_ratios_every_steps = 3
     return config

@@ -30,6 +30,8 @@ def tiny_config(**changes):
     config.schedule.warmup_epochs = 1
     config.checkpoint_every_epochs = 1
     config.keep_checkpoints = 2
+    # Never, but where a test asks for it.
+    config.log_trust_ratios_every_steps = 1000
     config.update_from_flattened_dict(changes)
     return config
 
@@ -78,7 +80,7 @@ def final_weights(workdir):
 
 def test_results_of_a_job(shared_folder):
     workdir = shared_folder / "run"
-    summary = job(workdir)
+    summary = job(workdir, log_trust_ratios_every_steps=3)
     assert (
         hvd.allgather_object(summary)[1 - hvd.rank()].keys() == summary.keys()
     )
@@ -106,6 +108,10 @@ def test_results_of_a_job(shared_folder):
     assert (workdir / "metrics.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard" / "train").iterdir())
     assert list((workdir / "tensorboard" / "validation").iterdir())
+    ratios = (workdir / "trust_ratios" / "trust_ratios.csv").read_text()
+    steps, *rows = ratios.splitlines()
+    assert steps.startswith("step,conv1/kernel,")
+    assert [row.split(",")[0] for row in rows] == ["3", "6", "9"]
     checkpoints = sorted(p.name for p in (workdir / "checkpoints").iterdir())
     assert checkpoints == ["epoch-0002.keras", "epoch-0003.keras"]
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 3

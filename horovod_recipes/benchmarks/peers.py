@@ -1,0 +1,26 @@
+"""Peers that cannot be imported in the ordinary way."""
+
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+
+
+def timm_lars():
+    """Returns timm's Lars, or None where timm or torch is not installed.
+
+    timm as a whole would need torchvision, so its packages are replaced by
+    empty ones while the one module is imported.
+    """
+    timm = importlib.util.find_spec("timm")
+    if timm is None or importlib.util.find_spec("torch") is None:
+        return None
+    folder = pathlib.Path(timm.origin).parent
+    for name, path in {"timm": folder, "timm.optim": folder / "optim"}.items():
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(path)]
+    try:
+        return importlib.import_module("timm.optim.lars").Lars
+    finally:
+        del sys.modules["timm"], sys.modules["timm.optim"]

@@ -1,0 +1,88 @@
+"""The benchmarks, in small: they run, and report what they measured."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from horovod_recipes.benchmarks import optimizer_step
+from horovod_recipes.benchmarks import report
+
+
+def test_spread_is_median_and_quartiles():
+    assert report.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == [3.0, 1.5, 4.5]
+
+
+def test_table_is_markdown():
+    assert report.table(["a", "b"], [(1, "x")]) == (
+        "| a | b |\n| --- | --- |\n| 1 | x |"
+    )
+
+
+def test_functions_take_turns():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = report.interleaved_times(functions, rounds=2)
+    assert "".join(calls) == "aabb" * 2
+    assert [len(times[name]) for name in "ab"] == [2, 2]
+
+
+def test_optimizer_step_on_tensorflow(monkeypatch):
+    monkeypatch.setattr(optimizer_step, "shapes_of", lambda _: [(8, 4), (4,)])
+    result = optimizer_step.measure("tiny", rounds=2)
+    assert result["variables"] == 2
+    assert result["parameters"] == 36
+    assert result["floor_ms"]["LARS"] == pytest.approx(
+        7 / 5 * result["floor_ms"]["SGD momentum"], abs=2e-3
+    )
+    lines = {line["optimizer"]: line for line in result["results"]}
+    assert {"LARS, XLA", "LARS", "Keras Lamb", "optax.lars"} <= lines.keys()
+    assert lines["Keras SGD momentum, XLA"]["ratio"] == [1.0, 1.0, 1.0]
+    assert all(line["ms"][0] > 0 for line in lines.values())
+    medians = [line["ms"][0] for line in result["results"]]
+    assert medians == sorted(medians)
+
+
+ON_JAX = """
+import json, sys
+
+# As on a machine without it.
+sys.modules["tensorflow"] = None
+from horovod_recipes.benchmarks import optimizer_step
+
+optimizer_step.shapes_of = lambda model: [(8, 4), (4,)]
+print(json.dumps(optimizer_step.measure("tiny", rounds=2)))
+"""
+
+
+def test_optimizer_step_on_jax_without_tensorflow():
+    result = subprocess.run(
+        [sys.executable, "-c", ON_JAX],
+        check=True,
+        env=os.environ | {"KERAS_BACKEND": "jax"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    lines = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert {line["optimizer"] for line in lines} == {
+        "LARS",
+        "Keras SGD momentum",
+        "Keras Lamb",
+        "optax.sgd",
+        "optax.lars",
+    }
+
+
+def test_unknown_flag_says_what_there_is():
+    result = subprocess.run(
+        [sys.executable, "-m", optimizer_step.__name__, "--modle=tiny"],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1
+    assert "Unknown command line flag 'modle'" in result.stderr
+    assert "--model: <resnet50|alexnet|tiny>" in result.stderr
