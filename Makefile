@@ -34,8 +34,8 @@ TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
 ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
-.PHONY: demo test lint unit-tests parallel-tests torch-tests demo-seeds clean \
-  always
+.PHONY: demo test lint unit-tests parallel-tests job-tests slurm-tests \
+  torch-tests demo-seeds clean always
 
 demo: .venv/done $(DATA)
 	$(TWO_RANKS) $(TRAIN_DEMO) --workdir=$(WORKDIR) $(ARGS)
@@ -64,6 +64,15 @@ torch-tests: .venv/done
 
 parallel-tests: .venv/done $(DATA)
 	$(TWO_RANKS) -m pytest tests/parallel
+
+# Whole jobs: killed, resumed; ImageNet's recipes, on photos that this downloads.
+job-tests: .venv/done $(DATA)
+	$(BIN)/python -m horovod_recipes.photos
+	timeout --kill-after=10 3000 $(BIN)/python -m pytest tests/whole_jobs
+
+# As root on Debian: installs Slurm, and starts it for one node.
+slurm-tests: .venv/done $(DATA)
+	timeout --kill-after=10 1200 tests/slurm/run.sh
 
 # The demo over five seeds, for the README: 8 minutes on 2 cores.
 demo-seeds: .venv/done $(DATA)

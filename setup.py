@@ -15,6 +15,7 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=["keras_lars*", "horovod_recipes*"]
     ),
+    package_data={"horovod_recipes": ["launch/*"]},
     install_requires=["keras>=3.10"],
     extras_require={
         # Horovod is built: python -m horovod_recipes.install_horovod
@@ -27,6 +28,7 @@ setuptools.setup(
             "pyyaml",
             "matplotlib",
             "ml_collections",
+            "mlperf-logging",
             "tensorboard",
             "tensorflow-datasets",
             # tensorflow-datasets imports it without saying so.

@@ -1,9 +1,10 @@
 """The working folder of a run, and its checkpoints: save, keep, restore.
 
 A checkpoint is a `.keras` file, with the optimizer's state, that Keras loads
-without Horovod.
+without Horovod, and beside it a JSON file with what the job had measured.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -18,8 +19,10 @@ from horovod_recipes.files import written_atomically
 RUN_FILES = (
     "config.json",
     "checkpoints",
+    "best",
     "metrics.csv",
     "metrics.png",
+    "mlperf.log",
     "summary.json",
     "tensorboard",
     "trust_ratios",
@@ -29,10 +32,18 @@ RUN_FILES = (
 FREE_KEYS = {
     "dataset.data_dir",
     "dataset.corrupt_images",
+    "dataset.cache",
+    "dataset.service",
+    "dataset.threads",
+    "max_micro_batch_size",
     "evaluate_every_epochs",
     "checkpoint_every_epochs",
     "keep_checkpoints",
+    "keep_best_checkpoints",
     "log_trust_ratios_every_steps",
+    "target_top1",
+    "stop_at_target",
+    "expected_top1",
 }
 
 
@@ -138,29 +149,31 @@ def write_summary(workdir, summary):
         part.write_text(json.dumps(summary) + "\n")
 
 
-def saved_epochs(workdir):
-    """Returns `{epochs done: path}` of the run's checkpoints."""
-    epochs = {}
-    for path in (workdir / "checkpoints").glob("epoch-*.keras"):
-        epochs[int(re.fullmatch(r"epoch-(\d+)\.keras", path.name)[1])] = path
-    return epochs
+def saved_steps(workdir):
+    """Returns `{updates done: path}` of the run's checkpoints."""
+    steps = {}
+    for path in (workdir / "checkpoints").glob("step-*.keras"):
+        steps[int(re.fullmatch(r"step-(\d+)\.keras", path.name)[1])] = path
+    return steps
 
 
 def restore_latest(workdir, model):
     """Loads the newest checkpoint into a compiled model.
 
     Returns:
-        The number of epochs done; 0 if there is no checkpoint yet.
+        The number of updates done, and what `save` was given with it; `(0,
+        {})` if there is no checkpoint yet.
 
     Raises:
         JobError: If the checkpoint is of another model or optimizer.
     """
-    paths = saved_epochs(workdir)
+    paths = saved_steps(workdir)
     if not paths:
-        return 0
+        return 0, {}
     path = paths[max(paths)]
     try:
         saved = keras.saving.load_model(path)
+        measured = json.loads(path.with_suffix(".json").read_text())
     except Exception as error:
         raise JobError(
             f"cannot load {path} ({one_line(error)}); delete it to go on from "
@@ -183,7 +196,7 @@ def restore_latest(workdir, model):
         strict=True,
     ):
         variable.assign(value)
-    return max(paths)
+    return max(paths), measured
 
 
 def _description(model_or_optimizer):
@@ -193,31 +206,71 @@ def _description(model_or_optimizer):
     return keras.saving.serialize_keras_object(model_or_optimizer)
 
 
-class SaveCheckpoints(keras.callbacks.Callback):
-    """Saves the model after every so many epochs and after the last.
+def save(workdir, model, steps_done, measured, keep):
+    """Saves a checkpoint, then deletes all but the newest.
 
     Args:
         workdir: `pathlib.Path`; files go to its folder `checkpoints`.
-        every: Integer, in epochs.
-        epochs: Integer, the last epoch.
+        model: The compiled model.
+        steps_done: Integer, the updates done.
+        measured: What `restore_latest` is to return, fit for JSON.
         keep: Integer, how many of the newest to keep.
+
+    Raises:
+        JobError: If it cannot be written; those before it stay.
     """
-
-    def __init__(self, workdir, every, epochs, keep):
-        super().__init__()
-        self.workdir = workdir
-        self.every = every
-        self.epochs = epochs
-        self.keep = keep
-
-    def on_epoch_end(self, epoch, logs=None):
-        done = epoch + 1
-        if done % self.every and done != self.epochs:
-            return
-        folder = self.workdir / "checkpoints"
+    folder = workdir / "checkpoints"
+    path = folder / f"step-{steps_done:08d}.keras"
+    with _cannot_write(path):
         folder.mkdir(exist_ok=True)
-        with written_atomically(folder / f"epoch-{done:04d}.keras") as part:
-            self.model.save(part)
-        paths = saved_epochs(self.workdir)
-        for old in sorted(paths)[: -self.keep]:
-            paths[old].unlink()
+        _delete_halves(folder)
+        with written_atomically(path.with_suffix(".json")) as part:
+            part.write_text(json.dumps(measured) + "\n")
+        with written_atomically(path) as part:
+            model.save(part)
+    paths = saved_steps(workdir)
+    for old in sorted(paths)[:-keep]:
+        paths[old].unlink()
+        paths[old].with_suffix(".json").unlink(missing_ok=True)
+
+
+def save_if_best(workdir, model, steps_done, top1, keep):
+    """Saves the model in `workdir/best` if its top-1 is one of the best.
+
+    Args:
+        workdir: `pathlib.Path`.
+        model: The compiled model.
+        steps_done: Integer, the updates done.
+        top1: Float, in percent.
+        keep: Integer, how many of the best to keep.
+    """
+    folder = workdir / "best"
+    path = folder / f"top1-{top1:06.3f}-step-{steps_done:08d}.keras"
+    # By top-1, and the later of equals first.
+    best = sorted([*folder.glob("top1-*.keras"), path], reverse=True)[:keep]
+    if path not in best:
+        return
+    with _cannot_write(path):
+        folder.mkdir(exist_ok=True)
+        _delete_halves(folder)
+        with written_atomically(path) as part:
+            model.save(part)
+    for old in set(folder.glob("top1-*.keras")) - set(best):
+        old.unlink()
+
+
+@contextlib.contextmanager
+def _cannot_write(path):
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"cannot write the checkpoint {path}: {error.strerror}; those "
+            "before it are good: make room, and go on with --resume"
+        ) from error
+
+
+def _delete_halves(folder):
+    """Deletes what a job that was killed while it wrote has left."""
+    for path in folder.glob(".part-*"):
+        path.unlink()

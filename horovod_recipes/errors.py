@@ -49,3 +49,14 @@ def another_rank_stopped():
 
 def one_line(error):
     return " ".join(str(error).split())
+
+
+def root_cause(error):
+    """Returns the line of a TensorFlow error that a person wants to see.
+
+    The message of an error in a graph is a list of places in the code, then
+    what happened, then marks in double brackets of the nodes it came through.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("[[")]
+    return lines[-1] if lines else "no message"

@@ -2,69 +2,113 @@
 
 import dataclasses
 
+from horovod_recipes.augmentations import AUGMENTATIONS
 from horovod_recipes.errors import JobError
-from horovod_recipes.input_pipeline import AUGMENTATIONS
 from horovod_recipes.models import MODELS
+
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+# The keys that are numbers of 1 or more.
+COUNTS = (
+    "dataset.num_classes",
+    "dataset.train_examples",
+    "dataset.test_examples",
+    "dataset.shuffle_buffer",
+    "global_batch_size",
+    "max_micro_batch_size",
+    "epochs",
+    "evaluate_every_epochs",
+    "checkpoint_every_epochs",
+    "keep_checkpoints",
+    "log_trust_ratios_every_steps",
+)
+KEYS = COUNTS + (
+    "model.name",
+    "dataset.name",
+    "dataset.data_dir",
+    "dataset.train_split",
+    "dataset.test_split",
+    "dataset.image_size",
+    "dataset.augmentation",
+    "dataset.corrupt_images",
+    "dataset.cache",
+    "dataset.service",
+    "dataset.threads",
+    "seed",
+    "precision",
+    "deterministic",
+    "label_smoothing",
+    "optimizer",
+    "schedule.peak_learning_rate",
+    "schedule.warmup_epochs",
+    "schedule.power",
+    "keep_best_checkpoints",
+    "target_top1",
+    "stop_at_target",
+    "expected_top1",
+)
 
 
 def check_config(config):
     """Raises `JobError` where a key is missing or a value out of its range."""
-    for key in (
-        "model.name",
-        "dataset.name",
-        "dataset.data_dir",
-        "dataset.augmentation",
-        "dataset.corrupt_images",
-        "global_batch_size",
-        "accumulation_steps",
-        "epochs",
-        "seed",
-        "optimizer",
-        "schedule.peak_learning_rate",
-        "schedule.warmup_epochs",
-        "schedule.power",
-        "evaluate_every_epochs",
-        "checkpoint_every_epochs",
-        "keep_checkpoints",
-        "log_trust_ratios_every_steps",
-    ):
-        group = config
-        for part in key.split("."):
-            if part not in group:
-                raise JobError(f"the config has no {key}; configs/demo.py has")
-            group = group[part]
-    for key in (
-        "global_batch_size",
-        "accumulation_steps",
-        "epochs",
-        "evaluate_every_epochs",
-        "checkpoint_every_epochs",
-        "keep_checkpoints",
-        "log_trust_ratios_every_steps",
-    ):
-        if config[key] < 1:
-            raise JobError(f"{key} must be 1 or more, but is {config[key]}")
+    for key in KEYS:
+        _value(config, key)
+    for key in COUNTS:
+        if _value(config, key) < 1:
+            raise JobError(
+                f"{key} must be 1 or more, but is {_value(config, key)}"
+            )
     if not 0 <= config.schedule.warmup_epochs < config.epochs:
         raise JobError(
             "schedule.warmup_epochs must be 0 or more and below the "
             f"{config.epochs} epochs, but is {config.schedule.warmup_epochs}"
         )
-    for key, value, choices in (
-        ("model.name", config.model.name, MODELS),
-        (
-            "dataset.augmentation",
-            config.dataset.augmentation,
-            AUGMENTATIONS,
-        ),
-        (
-            "dataset.corrupt_images",
-            config.dataset.corrupt_images,
-            ("stop", "skip"),
-        ),
+    if not 0 <= config.label_smoothing < 1:
+        raise JobError(
+            "label_smoothing must be 0 or more and below 1, but is "
+            f"{config.label_smoothing}"
+        )
+    for key, choices in (
+        ("model.name", MODELS),
+        ("dataset.augmentation", AUGMENTATIONS),
+        ("dataset.corrupt_images", ("stop", "skip")),
+        ("precision", PRECISIONS),
     ):
-        if value not in choices:
+        if _value(config, key) not in choices:
             raise JobError(
-                f"{key} must be one of {', '.join(choices)}, but is {value}"
+                f"{key} must be one of {', '.join(choices)}, but is "
+                f"{_value(config, key)}"
+            )
+    if config.dataset.service and config.dataset.corrupt_images == "skip":
+        raise JobError(
+            "dataset.corrupt_images=skip counts what it skips in the rank's "
+            "own process, where a dataset.service does not decode; use stop"
+        )
+    if config.stop_at_target and config.target_top1 is None:
+        raise JobError("stop_at_target needs target_top1, in percent")
+
+
+def _value(config, key):
+    for part in key.split("."):
+        if part not in config:
+            raise JobError(f"the config has no {key}; configs/demo.py has")
+        config = config[part]
+    return config
+
+
+def check_source(config, source):
+    """Raises `JobError` where the data are not those of the config."""
+    dataset = config.dataset
+    for key, found in (
+        ("num_classes", source.num_classes),
+        ("train_examples", source.num_examples(dataset.train_split)),
+        ("test_examples", source.num_examples(dataset.test_split)),
+    ):
+        if dataset[key] != found:
+            raise JobError(
+                f"the config has dataset.{key}={dataset[key]}, but the "
+                f"dataset {dataset.name!r} on disk has {found}: was an archive "
+                "cut short when it was prepared? If that is what you want: "
+                f"--config.dataset.{key}={found}"
             )
 
 
@@ -87,37 +131,43 @@ class JobSize:
         return self.steps_per_epoch * self.epochs
 
 
-def job_size(config, builder, ranks):
-    """Returns the `JobSize`; raises `JobError` where it does not work out."""
-    batch = config.global_batch_size
+def job_size(config, ranks):
+    """Returns the `JobSize`; raises `JobError` where it does not work out.
+
+    A rank's share of the global batch is split into as few equal micro-batches
+    as `config.max_micro_batch_size` allows.
+    """
+    dataset, batch = config.dataset, config.global_batch_size
     for split in ("train", "test"):
-        examples = builder.info.splits[split].num_examples
+        examples = dataset[f"{split}_examples"]
         if ranks > examples:
             raise JobError(
                 f"{ranks} ranks are more than the {examples} examples of "
-                f"{config.dataset.name}'s {split} split; use at most {examples}"
+                f"{dataset.name}'s {split} split; use at most {examples}"
             )
-    micro_batches = ranks * config.accumulation_steps
-    if batch % micro_batches:
-        below = batch // micro_batches * micro_batches
-        nearest = [n for n in (below, below + micro_batches) if n > 0]
+    if batch % ranks:
+        below = batch // ranks * ranks
+        nearest = [n for n in (below, below + ranks) if n > 0]
         raise JobError(
-            f"global_batch_size {batch} is not divisible by {ranks} ranks x "
-            f"{config.accumulation_steps} accumulation steps = "
-            f"{micro_batches}; the nearest that is: "
-            f"{min(nearest, key=lambda n: abs(n - batch))}"
+            f"global_batch_size {batch} is not divisible by {ranks} ranks; the "
+            f"nearest that is: {min(nearest, key=lambda n: abs(n - batch))}"
         )
-    examples = builder.info.splits["train"].num_examples
-    if batch > examples:
+    if batch > dataset.train_examples:
         raise JobError(
-            f"global_batch_size {batch} is more than the {examples} training "
-            f"examples of {config.dataset.name}; the largest that works is "
-            f"{examples // micro_batches * micro_batches}"
+            f"global_batch_size {batch} is more than the "
+            f"{dataset.train_examples} training examples of {dataset.name}; "
+            "the largest that works is "
+            f"{dataset.train_examples // ranks * ranks}"
         )
+    share = batch // ranks
+    fewest = -(-share // config.max_micro_batch_size)
+    accumulation_steps = next(
+        n for n in range(fewest, share + 1) if share % n == 0
+    )
     return JobSize(
         ranks=ranks,
-        micro_batch_size=batch // micro_batches,
-        accumulation_steps=config.accumulation_steps,
-        steps_per_epoch=examples // batch,
+        micro_batch_size=share // accumulation_steps,
+        accumulation_steps=accumulation_steps,
+        steps_per_epoch=dataset.train_examples // batch,
         epochs=config.epochs,
     )

@@ -2,10 +2,13 @@
 
 horovodrun -np 2 python -m horovod_recipes.train --config=demo
     --workdir=DIR [--config.key=value ...] [--resume | --overwrite]
+    [--rehearse]
 """
 
 import json
+import os
 import pathlib
+import re
 import sys
 import time
 import warnings
@@ -18,32 +21,34 @@ except ImportError as error:
     sys.exit(f"error: {error}")
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import flags
 from absl import logging
-from ml_collections import config_flags
 
 import horovod_recipes.keras as hvd
 from horovod_recipes import checkpoints
+from horovod_recipes import command_line
 from horovod_recipes import input_pipeline
+from horovod_recipes import rehearsal
 from horovod_recipes import training_callbacks
 from horovod_recipes.errors import SHUTDOWN_ERRORS
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import another_rank_stopped
-from horovod_recipes.errors import one_line
 from horovod_recipes.errors import raised_on_every_rank
+from horovod_recipes.errors import root_cause
 from horovod_recipes.job import check_config
+from horovod_recipes.job import check_source
 from horovod_recipes.job import job_size
+from horovod_recipes.mlperf_log import MLPerfLog
 from horovod_recipes.models import MODELS
+from horovod_recipes.sources import load_source
+from horovod_recipes.training_callbacks import StoppedBySigterm
 from keras_lars import LARS
 from keras_lars.callbacks import TrustRatioLogger
 from keras_lars.schedules import WarmupPolynomialDecay
 
 SECONDS_TO_SAY_WHY = 5
-CONFIGS = pathlib.Path(__file__).with_name("configs")
-CONFIG_CHOICES = "give the path of a file, or one of " + ", ".join(
-    sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
-)
 
 
 def train_and_evaluate(config, config_name, workdir, mode="new"):
@@ -61,82 +66,105 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         The contents of `summary.json`, a dict, on every rank.
 
     Raises:
+        StoppedBySigterm: On every rank, after a SIGTERM to any of them, with a
+            checkpoint saved.
         JobError: On every rank, if the config, the data or `workdir` do not
-            serve, if the weights are no longer finite, or if an image cannot
-            be decoded.
+            serve, if the weights are no longer finite, if an image cannot be
+            decoded, or if a checkpoint cannot be written.
     """
-    begin = time.time()
     workdir = pathlib.Path(workdir)
     with raised_on_every_rank():
         check_config(config)
-        builder = input_pipeline.load_builder(
-            config.dataset.name, config.dataset.data_dir
-        )
-        job = job_size(config, builder, hvd.size())
+        source = load_source(config.dataset.name, config.dataset.data_dir)
+        check_source(config, source)
+        job = job_size(config, hvd.size())
         schedule = create_schedule(config, job)
-        model = create_model(config, job, schedule, builder)
-    first_epoch, summary = 0, None
+        model = create_model(config, job, schedule, source)
+    steps_done, measured, summary = 0, {}, None
     with raised_on_every_rank():
         if hvd.rank() == 0:
             checkpoints.prepare_workdir(workdir, config, mode)
             if mode == "resume":
                 summary = checkpoints.read_summary(workdir)
             if mode == "resume" and summary is None:
-                first_epoch = checkpoints.restore_latest(workdir, model)
-    first_epoch, summary = hvd.broadcast_object((first_epoch, summary), 0)
+                steps_done, measured = checkpoints.restore_latest(
+                    workdir, model
+                )
+    steps_done, measured, summary = hvd.broadcast_object(
+        (steps_done, measured, summary), root_rank=0
+    )
     if summary is not None:
         return summary
 
-    corrupt_images = input_pipeline.CorruptImages(config.dataset.corrupt_images)
-    training, evaluation = create_datasets(
-        config, job, builder, first_epoch, corrupt_images
-    )
     throughput = training_callbacks.Throughput(job.global_batch_size)
-    callbacks = [
-        hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
-        hvd.callbacks.AverageNonTrainableWeights(),
-        hvd.callbacks.ExactMetrics(),
-        training_callbacks.StopOnNonFinite(),
-        throughput,
-    ]
+    target = training_callbacks.TargetTop1(
+        config.target_top1, config.stop_at_target, measured
+    )
+    corrupt_images = input_pipeline.CorruptImages(config.dataset.corrupt_images)
+    evaluation = evaluation_dataset(config, job, source, corrupt_images)
+    reports = []
     if hvd.rank() == 0:
-        print(settings_line(config, config_name, job, first_epoch), flush=True)
-        callbacks += results_callbacks(
-            config, job, schedule, workdir, throughput
-        )
+        print(settings_line(config, config_name, job, steps_done), flush=True)
+        mlperf_log = MLPerfLog(workdir, config, job)
+        reports = [
+            mlperf_log,
+            *reporting_callbacks(config, job, schedule, workdir, throughput),
+        ]
     try:
-        history = model.fit(
-            training,
-            validation_data=evaluation,
-            validation_freq=evaluation_epochs(config),
-            steps_per_epoch=job.steps_per_epoch * job.accumulation_steps,
-            initial_epoch=first_epoch,
-            epochs=job.epochs,
-            callbacks=callbacks,
-            shuffle=False,
-            verbose=1 if hvd.rank() == 0 else 0,
-        )
-        if first_epoch < job.epochs:
-            top1 = history.history["val_top1"][-1]
-        else:
+        with training_callbacks.sigterm_noted() as asked:
+            callbacks = [
+                hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
+                hvd.callbacks.AverageNonTrainableWeights(),
+                hvd.callbacks.ExactMetrics(),
+                training_callbacks.RestoreMetrics(
+                    measured.get("metric_sums") if hvd.rank() == 0 else None
+                ),
+                training_callbacks.StopOnNonFinite(),
+                throughput,
+                target,
+                *reports,
+                training_callbacks.SaveCheckpoints(
+                    workdir, config, job.steps_per_epoch, target
+                ),
+                training_callbacks.StopOnSigterm(
+                    workdir,
+                    job.steps_per_epoch,
+                    steps_done,
+                    target,
+                    config.keep_checkpoints,
+                    asked,
+                ),
+            ]
+            top1, epochs = None, job.epochs
+            for part in parts_of_job(job, steps_done):
+                training = training_dataset(
+                    config, job, source, part, corrupt_images
+                )
+                top1, epochs = fit(
+                    model, config, job, part, training, evaluation, callbacks
+                )
+                if model.stop_training:
+                    break
+        if top1 is None:
             top1 = hvd.evaluate(model, evaluation, verbose=0)["top1"]
         skipped = hvd.allgather_object(corrupt_images.names)
     except (*SHUTDOWN_ERRORS, OSError) as error:
-        raise stop_reason(error, corrupt_images) from error
+        raise stop_reason(error) from error
     summary = {
         "config": config_name,
         "ranks": job.ranks,
         "global_batch_size": job.global_batch_size,
-        "steps": job.steps,
-        "epochs": job.epochs,
-        "top1": round(100 * top1, 2),
+        "steps": epochs * job.steps_per_epoch,
+        "epochs": epochs,
+        "top1": round(100 * top1, 3),
         "images_per_second": throughput.images_per_second(),
-        "seconds": round(time.time() - begin, 1),
+        **target.measured(),
         "corrupt_images_skipped": len(set().union(*skipped)),
         "workdir": str(workdir),
     }
     with raised_on_every_rank():
         if hvd.rank() == 0:
+            mlperf_log.run_stop("epochs_to_target" in summary)
             checkpoints.write_summary(workdir, summary)
     return summary
 
@@ -152,14 +180,17 @@ def create_schedule(config, job):
     )
 
 
-def create_model(config, job, schedule, builder):
+def create_model(config, job, schedule, source):
     """Returns the compiled network, with initial weights of this rank's own."""
-    # Ranks differ in their dropout masks; the weights are broadcast later.
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.config.set_dtype_policy(config.precision)
+    # The weights of rank 0 are broadcast later.
     keras.utils.set_random_seed(config.seed + hvd.rank())
     arguments = dict(config.model)
     model = MODELS[arguments.pop("name")](
-        image_shape=builder.info.features["image"].shape,
-        num_classes=builder.info.features["label"].num_classes,
+        image_shape=source.image_shape(config.dataset.image_size),
+        num_classes=config.dataset.num_classes,
         **arguments,
     )
     model.compile(
@@ -168,8 +199,10 @@ def create_model(config, job, schedule, builder):
             backward_passes_per_step=job.accumulation_steps,
             average_aggregated_gradients=True,
         ),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="top1")],
+        loss=keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.label_smoothing
+        ),
+        metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
         # One call of Python an update.
         steps_per_execution=job.accumulation_steps,
         # Horovod's operations cannot be inside an XLA program. The update
@@ -179,31 +212,107 @@ def create_model(config, job, schedule, builder):
     return model
 
 
-def create_datasets(config, job, builder, first_epoch, corrupt_images):
-    """Returns this rank's batches for training and for evaluation."""
-    training = input_pipeline.training_batches(
-        builder,
+def parts_of_job(job, steps_done):
+    """Returns the epochs still to do, as one or two calls of `fit`.
+
+    Keras cannot begin within an epoch: the rest of one is a call of its own.
+
+    Returns:
+        List of `(first epoch, updates of it done, epoch to end before)`.
+    """
+    epoch, done = divmod(steps_done, job.steps_per_epoch)
+    parts = []
+    if done:
+        parts.append((epoch, done, epoch + 1))
+        epoch += 1
+    if epoch < job.epochs:
+        parts.append((epoch, 0, job.epochs))
+    return parts
+
+
+def training_dataset(config, job, source, part, corrupt_images):
+    """Returns this rank's batches of a part of the job, with one-hot labels."""
+    epoch, done, _ = part
+    batches = input_pipeline.training_batches(
+        source,
+        config.dataset,
         rank=hvd.rank(),
         ranks=job.ranks,
         batch_size=job.micro_batch_size,
         batches_per_epoch=job.steps_per_epoch * job.accumulation_steps,
-        first_epoch=first_epoch,
-        augmentation=input_pipeline.AUGMENTATIONS[config.dataset.augmentation],
+        first_epoch=epoch,
+        first_batch=done * job.accumulation_steps,
         seed=config.seed,
+        threads=input_threads(config),
         corrupt_images=corrupt_images,
     )
-    evaluation = input_pipeline.evaluation_batches(
-        builder,
-        "test",
+    return one_hot(batches, config)
+
+
+def evaluation_dataset(config, job, source, corrupt_images):
+    """Returns this rank's part of the test split, with one-hot labels."""
+    batches = input_pipeline.evaluation_batches(
+        source,
+        config.dataset,
         rank=hvd.rank(),
         ranks=job.ranks,
         batch_size=job.micro_batch_size,
+        threads=input_threads(config),
         corrupt_images=corrupt_images,
     )
-    return training, evaluation
+    return one_hot(batches, config)
 
 
-def settings_line(config, config_name, job, first_epoch):
+def one_hot(batches, config):
+    num_classes = config.dataset.num_classes
+    return batches.map(
+        lambda images, labels: (images, tf.one_hot(labels, num_classes))
+    )
+
+
+def input_threads(config):
+    """Returns this rank's share of its host's cores, unless the config says."""
+    cores = len(os.sched_getaffinity(0))
+    return config.dataset.threads or max(1, cores // hvd.local_size())
+
+
+def fit(model, config, job, part, training, evaluation, callbacks):
+    """Trains a part of the job; returns top-1 and the epochs done."""
+    epoch, done, end = part
+    micro_batches = job.steps_per_epoch * job.accumulation_steps
+    seed_dropout(
+        model,
+        [config.seed, hvd.rank()],
+        epoch * micro_batches + done * job.accumulation_steps,
+    )
+    history = model.fit(
+        training,
+        validation_data=evaluation,
+        validation_freq=evaluation_epochs(config),
+        steps_per_epoch=micro_batches - done * job.accumulation_steps,
+        initial_epoch=epoch,
+        epochs=end,
+        callbacks=callbacks,
+        shuffle=False,
+        verbose=1 if hvd.rank() == 0 else 0,
+    )
+    top1 = history.history.get("val_top1", [None])[-1]
+    return top1, history.epoch[-1] + 1
+
+
+def seed_dropout(model, seed, micro_batches_done):
+    """Puts the model's random generators where a job of this rank would be.
+
+    Their state is a seed and how often it was used, once a micro-batch. So a
+    job that resumes draws the masks that it would have drawn.
+    """
+    states = [v for v in model.variables if v.name == "seed_generator_state"]
+    for index, state in enumerate(states):
+        words = np.random.SeedSequence([*seed, index]).generate_state(1)
+        state.assign([words[0], micro_batches_done])
+
+
+def settings_line(config, config_name, job, steps_done):
     """Returns what a person checks before leaving a job alone, in one line."""
     schedule = config.schedule
     return (
@@ -211,14 +320,14 @@ def settings_line(config, config_name, job, first_epoch):
         f"global_batch={job.global_batch_size} ({job.ranks} ranks x "
         f"{job.micro_batch_size} micro-batch x {job.accumulation_steps} "
         f"accumulation) steps={job.steps} ({job.epochs} epochs x "
-        f"{job.steps_per_epoch}) from_epoch={first_epoch} "
+        f"{job.steps_per_epoch}) from_step={steps_done} "
         f"schedule={schedule.warmup_epochs} epochs up to "
         f"{schedule.peak_learning_rate}, then down with power "
         f"{schedule.power} seed={config.seed}"
     )
 
 
-def results_callbacks(config, job, schedule, workdir, throughput):
+def reporting_callbacks(config, job, schedule, workdir, throughput):
     """Returns the callbacks that write to `workdir`; for rank 0 alone."""
     return [
         training_callbacks.MetricsTable(
@@ -227,12 +336,6 @@ def results_callbacks(config, job, schedule, workdir, throughput):
         keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False),
         TrustRatioLogger(
             workdir / "trust_ratios", config.log_trust_ratios_every_steps
-        ),
-        checkpoints.SaveCheckpoints(
-            workdir,
-            config.checkpoint_every_epochs,
-            job.epochs,
-            config.keep_checkpoints,
         ),
     ]
 
@@ -243,82 +346,19 @@ def evaluation_epochs(config):
     return sorted({*range(every, config.epochs + 1, every), config.epochs})
 
 
-def stop_reason(error, corrupt_images):
+def stop_reason(error):
     """Returns the `JobError` that says what ended training on this rank."""
-    if corrupt_images.action == "stop" and corrupt_images.names:
+    corrupt = re.search(r"corrupt image: ([^\]\n]+)", str(error))
+    if corrupt:
         return JobError(
-            f"rank {hvd.rank()} met a corrupt image: "
-            f"{', '.join(sorted(corrupt_images.names))}; replace it, or train "
-            "without it: --config.dataset.corrupt_images=skip"
+            f"rank {hvd.rank()} met a corrupt image: {corrupt[1]}; replace it, "
+            "or train without it: --config.dataset.corrupt_images=skip"
         )
     if "Horovod has been shut down" in str(error):
         return another_rank_stopped()
     return JobError(
         f"rank {hvd.rank()} failed: {type(error).__name__}: {root_cause(error)}"
     )
-
-
-def root_cause(error):
-    """Returns the line of a TensorFlow error that a person wants to see.
-
-    The message of an error in a graph is a list of places in the code, then
-    what happened, then marks in double brackets of the nodes it came through.
-    """
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("[[")]
-    return lines[-1] if lines else "no message"
-
-
-def parse_flags(argv):
-    """Parses the command line into `FLAGS`; returns the config's name and mode.
-
-    Raises:
-        JobError: If a flag or a key of the config is unknown or unfit.
-    """
-    argv = list(argv)
-    if "--config" in argv[:-1]:
-        index = argv.index("--config")
-        argv[index : index + 2] = [f"--config={argv[index + 1]}"]
-    names = [a.removeprefix("--config=") for a in argv if "--config=" in a]
-    if not names:
-        raise JobError(f"--config is missing: {CONFIG_CHOICES}")
-    # The config comes before the changes to it, which ml_collections looks for
-    # in `sys.argv`.
-    argv.remove(f"--config={names[-1]}")
-    argv.insert(1, config_flag(names[-1]))
-    sys.argv = argv
-    try:
-        rest = FLAGS(argv)[1:]
-    except AttributeError as error:
-        # ml_collections wraps a KeyError, whose own text would be a repr.
-        cause = error.args[0]
-        text = cause.args[0] if isinstance(cause, KeyError) else cause
-        raise JobError(f"unknown key of the config: {one_line(text)}") from None
-    except flags.Error as error:
-        raise JobError(root_cause(error)) from None
-    except Exception as error:  # Whatever a config file may raise.
-        raise JobError(
-            f"cannot load --config={names[-1]}: {type(error).__name__}: "
-            f"{root_cause(error)}"
-        ) from None
-    if rest:
-        raise JobError(f"unknown argument {rest[0]!r}")
-    if not FLAGS.workdir:
-        raise JobError("--workdir is missing: the folder for the results")
-    if FLAGS.resume and FLAGS.overwrite:
-        raise JobError("--resume and --overwrite exclude each other")
-    if FLAGS.resume:
-        return names[-1], "resume"
-    return names[-1], "overwrite" if FLAGS.overwrite else "new"
-
-
-def config_flag(name):
-    """Returns `--config=` with the path of the config, packaged or not."""
-    stem, colon, variant = name.partition(":")
-    for path in (CONFIGS / f"{stem}.py", pathlib.Path(stem)):
-        if path.is_file():
-            return f"--config={path}{colon}{variant}"
-    raise JobError(f"unknown config {stem!r}: {CONFIG_CHOICES}")
 
 
 def choose_gpu():
@@ -348,10 +388,26 @@ def main(argv):
     try:
         with raised_on_every_rank():
             choose_gpu()
-            config_name, mode = parse_flags(argv)
+            config_name = command_line.parse(FLAGS, argv)
+            mode = run_mode()
+            if FLAGS.rehearse:
+                images = FLAGS.workdir.rstrip("/") + "-images"
+                rehearsal.make_small(FLAGS.config, images)
+                config_name += " --rehearse"
+        with raised_on_every_rank():
+            if FLAGS.rehearse and hvd.rank() == 0:
+                rehearsal.write_dataset(images)
         summary = train_and_evaluate(
             FLAGS.config, config_name, FLAGS.workdir, mode
         )
+    except StoppedBySigterm as stop:
+        if hvd.rank() == 0:
+            print(
+                f"stopped by SIGTERM after step {stop.steps_done}, with a "
+                "checkpoint; go on with --resume",
+                flush=True,
+            )
+        return 0
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # horovodrun kills the other ranks when the first one exits. This tells
@@ -364,17 +420,28 @@ def main(argv):
     return 0
 
 
+def run_mode():
+    """Returns the mode for `train_and_evaluate` that the flags ask for."""
+    if not FLAGS.workdir:
+        raise JobError("--workdir is missing: the folder for the results")
+    if FLAGS.resume and FLAGS.overwrite:
+        raise JobError("--resume and --overwrite exclude each other")
+    if FLAGS.resume:
+        return "resume"
+    return "overwrite" if FLAGS.overwrite else "new"
+
+
 FLAGS = flags.FlagValues()
-config_flags.DEFINE_config_file(
-    "config",
-    None,
-    f"What to train: {CONFIG_CHOICES}. Any key of it can be changed: "
-    "--config.epochs=10, --config.schedule.power=1.0 and so on.",
-    flag_values=FLAGS,
-)
+command_line.define_config(FLAGS)
 flags.DEFINE_string("workdir", None, "The folder for the results.", FLAGS)
 flags.DEFINE_bool("resume", False, "Go on with the run in workdir.", FLAGS)
 flags.DEFINE_bool("overwrite", False, "Delete the run in workdir.", FLAGS)
+flags.DEFINE_bool(
+    "rehearse",
+    False,
+    "Run a few small updates of the config on generated images.",
+    FLAGS,
+)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

@@ -1,7 +1,10 @@
 """What a training job watches and writes while `model.fit` runs."""
 
+import contextlib
 import csv
 import math
+import signal
+import threading
 import time
 
 import keras
@@ -9,8 +12,199 @@ import matplotlib.figure
 import numpy as np
 import tensorflow as tf
 
+import horovod_recipes.keras as hvd
+from horovod_recipes import checkpoints
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import raised_on_every_rank
 from horovod_recipes.files import written_atomically
+from horovod_recipes.keras.variables import average_variables
+from horovod_recipes.keras.variables import sum_over_ranks
+
+
+@contextlib.contextmanager
+def sigterm_noted():
+    """Yields an event that a SIGTERM sets, in place of ending the process."""
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class StoppedBySigterm(Exception):
+    """The job has saved a checkpoint and left training, on all ranks."""
+
+    def __init__(self, steps_done):
+        super().__init__(steps_done)
+        self.steps_done = steps_done
+
+
+class StopOnSigterm(keras.callbacks.Callback):
+    """Saves and ends training on all ranks at one step, after a SIGTERM to any.
+
+    The last step of an epoch is left to end as usual, with its evaluation.
+
+    Args:
+        workdir: `pathlib.Path`.
+        steps_per_epoch: Integer, in updates.
+        steps_done: Integer, the updates done before training begins.
+        target: The `TargetTop1` of the same job.
+        keep: Integer, how many checkpoints to keep.
+        asked: From `sigterm_noted`.
+
+    Raises:
+        StoppedBySigterm: On every rank, after rank 0 has saved.
+        JobError: On every rank, if it cannot save.
+    """
+
+    def __init__(
+        self, workdir, steps_per_epoch, steps_done, target, keep, asked
+    ):
+        super().__init__()
+        self._workdir = workdir
+        self._steps_per_epoch = steps_per_epoch
+        self._steps_done = steps_done
+        self._target = target
+        self._keep = keep
+        self._asked = asked
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._steps_done += 1
+        # The signal may reach one rank alone, or the ranks at different steps.
+        asked = hvd.allreduce(
+            tf.constant(float(self._asked.is_set())),
+            op=hvd.Sum,
+            name="stop_on_sigterm",
+        )
+        if not asked or self._steps_done % self._steps_per_epoch == 0:
+            return
+        average_variables(self.model.non_trainable_weights)
+        sums = [
+            total.numpy().tolist() for total in sum_over_ranks(_metrics(self))
+        ]
+        with raised_on_every_rank():
+            if hvd.rank() == 0:
+                checkpoints.save(
+                    self._workdir,
+                    self.model,
+                    self._steps_done,
+                    {**self._target.measured(), "metric_sums": sums},
+                    self._keep,
+                )
+        raise StoppedBySigterm(self._steps_done)
+
+
+class RestoreMetrics(keras.callbacks.Callback):
+    """Goes on with the metrics of an epoch that a job stopped in.
+
+    Args:
+        metric_sums: What `StopOnSigterm` saved, for one rank to hold; the
+            others begin at 0.
+    """
+
+    def __init__(self, metric_sums):
+        super().__init__()
+        self._metric_sums = metric_sums
+
+    def on_train_batch_end(self, batch, logs=None):
+        # Keras makes the metrics in the first step.
+        if self._metric_sums:
+            for variable, total in zip(
+                _metrics(self), self._metric_sums, strict=True
+            ):
+                variable.assign_add(tf.cast(total, variable.dtype))
+            self._metric_sums = None
+
+
+def _metrics(callback):
+    return [v for metric in callback.model.metrics for v in metric.variables]
+
+
+class TargetTop1(keras.callbacks.Callback):
+    """Notes when the job reaches a target, and ends it there if that is asked.
+
+    List it after `ExactMetrics`, so that all ranks see the same top-1.
+
+    Args:
+        target: Float, in percent, or None.
+        stop: Whether to end the job when it is reached.
+        measured: Dict, what `measured` returned in an earlier part of the job;
+            empty at its start.
+    """
+
+    def __init__(self, target, stop, measured):
+        super().__init__()
+        self._target = target
+        self._stop = stop
+        self._begin = time.time() - measured.get("seconds", 0.0)
+        self._reached = {
+            key: measured[key]
+            for key in ("epochs_to_target", "seconds_to_target")
+            if key in measured
+        }
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._target is None or self._reached or "val_top1" not in logs:
+            return
+        if 100 * logs["val_top1"] >= self._target:
+            self._reached = {
+                "epochs_to_target": epoch + 1,
+                "seconds_to_target": self._seconds(),
+            }
+            self.model.stop_training = self._stop
+
+    def measured(self):
+        """Returns the job's seconds so far, and those to the target."""
+        return {"seconds": self._seconds(), **self._reached}
+
+    def _seconds(self):
+        return round(time.time() - self._begin, 1)
+
+
+class SaveCheckpoints(keras.callbacks.Callback):
+    """Saves after every so many epochs and the last, and where top-1 is best.
+
+    Rank 0 writes; list it on all ranks, so that all stop if it cannot.
+
+    Args:
+        workdir: `pathlib.Path`.
+        config: The recipe's `ConfigDict`.
+        steps_per_epoch: Integer, in updates.
+        target: The `TargetTop1` of the same job, listed before this.
+    """
+
+    def __init__(self, workdir, config, steps_per_epoch, target):
+        super().__init__()
+        self._workdir = workdir
+        self._config = config
+        self._steps_per_epoch = steps_per_epoch
+        self._target = target
+
+    def on_epoch_end(self, epoch, logs=None):
+        with raised_on_every_rank():
+            if hvd.rank() == 0:
+                self._save(epoch + 1, logs)
+
+    def _save(self, epochs_done, logs):
+        steps_done = epochs_done * self._steps_per_epoch
+        if "val_top1" in logs and self._config.keep_best_checkpoints:
+            checkpoints.save_if_best(
+                self._workdir,
+                self.model,
+                steps_done,
+                100 * logs["val_top1"],
+                self._config.keep_best_checkpoints,
+            )
+        is_last = epochs_done == self._config.epochs or self.model.stop_training
+        if is_last or epochs_done % self._config.checkpoint_every_epochs == 0:
+            checkpoints.save(
+                self._workdir,
+                self.model,
+                steps_done,
+                self._target.measured(),
+                self._config.keep_checkpoints,
+            )
 
 
 class StopOnNonFinite(keras.callbacks.Callback):

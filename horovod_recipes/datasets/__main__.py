@@ -8,9 +8,13 @@ want their archives in DIR/downloads/manual.
 
 import argparse
 import sys
+import tarfile
+
+import tensorflow as tf
 
 from horovod_recipes.errors import JobError
-from horovod_recipes.input_pipeline import find_builder
+from horovod_recipes.errors import one_line
+from horovod_recipes.sources import find_builder
 
 
 def main():
@@ -29,6 +33,12 @@ def main():
         sys.exit(
             f"error: {arguments.name} needs the package {error.name}; install "
             f"it with: pip install {error.name}"
+        )
+    except (tarfile.ReadError, tf.errors.NotFoundError, OSError) as error:
+        sys.exit(
+            f"error: cannot prepare {arguments.name}: {one_line(error)}; is an "
+            f"archive in {builder.data_path.parents[1]}/downloads/manual "
+            "missing or cut short?"
         )
     print(f"{builder.info.full_name} is in {builder.data_path}")
 

@@ -51,6 +51,7 @@ from horovod_recipes.keras.collectives import broadcast
 from horovod_recipes.keras.collectives import reducescatter
 from horovod_recipes.keras.evaluation import evaluate
 from horovod_recipes.keras.optimizer import DistributedOptimizer
+from horovod_recipes.keras.sync_batch_norm import SyncBatchNormalization
 from horovod_recipes.keras.variables import broadcast_variables
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "DistributedOptimizer",
     "ProcessSet",
     "Sum",
+    "SyncBatchNormalization",
     "add_process_set",
     "allgather",
     "allgather_object",

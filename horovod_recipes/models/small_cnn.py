@@ -30,5 +30,6 @@ def small_cnn(image_shape, num_classes, filters=16):
         x = layers.BatchNormalization(momentum=0.9, name=f"bn{index}")(x)
         x = layers.ReLU(name=f"relu{index}")(x)
     x = layers.Flatten(name="flatten")(x)
-    logits = layers.Dense(num_classes, name="logits")(x)
+    # In float32 whatever the precision: the loss is computed from them.
+    logits = layers.Dense(num_classes, name="logits", dtype="float32")(x)
     return keras.Model(inputs, logits, name="small_cnn")

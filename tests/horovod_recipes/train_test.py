@@ -1,22 +1,21 @@
 """Whole jobs from the command line: exit status, printed lines, files."""
 
 import json
-import pathlib
 import re
-import subprocess
 import sys
 
+import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
+from horovod_recipes import train
 from tests.corrupt_dataset import write_corrupt_copy
+from tests.jobs import HOROVODRUN
+from tests.jobs import TRAIN
+from tests.jobs import error_lines
+from tests.jobs import run
 
-ROOT = pathlib.Path(__file__).parents[2]
-TRAIN = (sys.executable, "-m", "horovod_recipes.train")
-HOROVODRUN = (
-    str(pathlib.Path(sys.executable).with_name("horovodrun")),
-    "-np",
-    "2",
-)
 TINY = (
     "--config.model.filters=2",
     "--config.epochs=2",
@@ -24,24 +23,13 @@ TINY = (
 )
 
 
-def run(*command):
-    """Runs a command; its processes are killed after five minutes."""
-    return subprocess.run(
-        ["timeout", "--kill-after=10", "300", *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
-def error_lines(result):
-    return [line for line in result.stderr.splitlines() if "error: " in line]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=dmo"], "unknown config 'dmo': .* one of demo"),
+        (
+            ["--config=dmo"],
+            "unknown config 'dmo': .* one of alexnet, alexnet_bn, demo, resnet",
+        ),
         (
             ["--config.epoch=3", "--config=demo"],
             r"""config: 'epoch' Did you mean "epochs" instead of "epoch"\?$""",
@@ -49,7 +37,10 @@ def error_lines(result):
         (["--config=demo", "--config.epochs=few"], "invalid literal .*'few'"),
         (["--config=demo", "--bogus"], "Unknown command line flag 'bogus'"),
         (["--config=demo", "--resume", "--overwrite"], "exclude each other"),
-        ([], "--config is missing: .* one of demo"),
+        (
+            [],
+            "--config is missing: .* one of alexnet, alexnet_bn, demo, resnet",
+        ),
         (["--config=demo", "--workdir="], "--workdir is missing"),
     ],
     ids=["config", "key", "value", "flag", "modes", "none", "workdir"],
@@ -84,7 +75,7 @@ def test_job_under_horovodrun(tmp_path):
     script = (
         "import sys; sys.modules['horovod'] = None; import keras, keras_lars; "
         f"model = keras.saving.load_model({str(workdir)!r} + "
-        "'/checkpoints/epoch-0002.keras'); "
+        "'/checkpoints/step-00000006.keras'); "
         "print(type(model.optimizer).__name__, int(model.optimizer.iterations))"
     )
     loaded = run(sys.executable, "-c", script)
@@ -147,7 +138,31 @@ def test_disk_that_fails_ends_all_ranks(tmp_path):
     result = run(*HOROVODRUN, sys.executable, "-c", script, *job[3:])
     assert result.returncode == 1
     first, second = sorted(error_lines(result))
-    assert first.startswith("[0]<stderr>:error: rank 0 failed: FileExistsError")
-    assert "checkpoints" in first
-    assert second.startswith("[1]<stderr>:error: rank 1 stopped because")
+    assert first.startswith(
+        "[0]<stderr>:error: on rank 0: cannot write the checkpoint "
+        f"{workdir}/checkpoints/step-00000006.keras: File exists; those"
+    )
+    assert second == first.replace("[0]", "[1]")
     assert not (workdir / "summary.json").exists()
+
+
+def test_resumed_dropout_draws_the_masks_it_would_have_drawn():
+    """And each rank, and each layer, its own."""
+
+    def masks(seed, micro_batches_done, count):
+        model = keras.Sequential(
+            [keras.Input((50,)), keras.layers.Dropout(0.5)]
+            + [keras.layers.Dropout(0.5)]
+        )
+        train.seed_dropout(model, seed, micro_batches_done)
+        return [
+            [layer(tf.ones((1, 50)), training=True) for layer in model.layers]
+            for _ in range(count)
+        ]
+
+    whole = masks([0, 1], 0, 5)
+    np.testing.assert_array_equal(whole[3:], masks([0, 1], 3, 2))
+    for other in (masks([0, 0], 0, 5), masks([1, 1], 0, 5)):
+        assert (np.array(whole) != other).any(axis=(2, 3)).all()
+    first_layer, second_layer = np.moveaxis(np.array(whole), 1, 0)
+    assert (first_layer != second_layer).any(axis=(1, 2)).all()

@@ -4,12 +4,17 @@ import csv
 import json
 import os
 import pathlib
+import resource
+import signal
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
 import horovod_recipes.keras as hvd
+from horovod_recipes import checkpoints
 from horovod_recipes import input_pipeline
 from horovod_recipes import train
 from horovod_recipes import training_callbacks
@@ -17,6 +22,8 @@ from horovod_recipes.configs import demo
 from horovod_recipes.errors import JobError
 from horovod_recipes.job import job_size
 from horovod_recipes.models.small_cnn import small_cnn
+from horovod_recipes.sources import load_source
+from horovod_recipes.training_callbacks import StoppedBySigterm
 from keras_lars import LARS
 from tests.corrupt_dataset import write_corrupt_copy
 
@@ -73,7 +80,7 @@ def interrupted_job(workdir, monkeypatch, epoch):
 
 
 def final_weights(workdir):
-    path = workdir / "checkpoints" / "epoch-0003.keras"
+    path = workdir / "checkpoints" / "step-00000009.keras"
     model = keras.saving.load_model(path)
     return [w.numpy() for w in model.weights + model.optimizer.variables]
 
@@ -113,7 +120,11 @@ def test_results_of_a_job(shared_folder):
     assert steps.startswith("step,conv1/kernel,")
     assert [row.split(",")[0] for row in rows] == ["3", "6", "9"]
     checkpoints = sorted(p.name for p in (workdir / "checkpoints").iterdir())
-    assert checkpoints == ["epoch-0002.keras", "epoch-0003.keras"]
+    assert checkpoints == [
+        f"step-0000000{steps}.{suffix}"
+        for steps in (6, 9)
+        for suffix in ("json", "keras")
+    ]
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 3
 
 
@@ -122,16 +133,18 @@ def test_table_has_what_one_process_measures(shared_folder):
     workdir = shared_folder / "run"
     job(workdir)
     model = keras.saving.load_model(
-        workdir / "checkpoints" / "epoch-0003.keras"
+        workdir / "checkpoints" / "step-00000009.keras"
     )
+    config = tiny_config().dataset
     batches = input_pipeline.evaluation_batches(
-        input_pipeline.load_builder("mnist5k", None),
-        "test",
+        load_source("mnist5k", None),
+        config,
         rank=0,
         ranks=1,
         batch_size=1000,
+        threads=2,
         corrupt_images=input_pipeline.CorruptImages("stop"),
-    )
+    ).map(lambda images, labels: (images, tf.one_hot(labels, 10)))
     results = model.evaluate(batches, verbose=0, return_dict=True)
     row = table(workdir)[-1]
     assert float(row["test_loss"]) == pytest.approx(results["loss"], rel=1e-4)
@@ -142,15 +155,24 @@ def test_table_has_what_one_process_measures(shared_folder):
 
 def test_accumulation_keeps_the_global_batch_and_the_schedule(shared_folder):
     workdir = shared_folder / "run"
-    summary = job(workdir, accumulation_steps=2)
+    summary = job(workdir, max_micro_batch_size=256)
     assert summary["global_batch_size"] == 1024
     assert summary["steps"] == 9
     model = keras.saving.load_model(
-        workdir / "checkpoints" / "epoch-0003.keras"
+        workdir / "checkpoints" / "step-00000009.keras"
     )
     assert int(model.optimizer.iterations) == 9
     rates = [float(row["learning_rate"]) for row in table(workdir)]
     assert rates[-1] == pytest.approx(20 * (1 / 6) ** 2, rel=1e-5)
+
+
+def assert_same_training(workdir, other):
+    """Both jobs measured and ended with the same, to the bit."""
+    for row, other_row in zip(table(workdir), table(other), strict=True):
+        del row["images_per_second"], other_row["images_per_second"]
+        assert row == other_row
+    for a, b in zip(final_weights(workdir), final_weights(other), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_resumed_run_equals_an_uninterrupted_one(shared_folder, monkeypatch):
@@ -160,16 +182,172 @@ def test_resumed_run_equals_an_uninterrupted_one(shared_folder, monkeypatch):
     assert not (parts / "summary.json").exists()
     summary = job(parts, mode="resume")
     assert summary["steps"] == 9
+    assert_same_training(whole, parts)
 
-    columns = ("epoch", "step", "learning_rate", "train_loss", "test_loss")
-    for row, resumed_row in zip(table(whole), table(parts), strict=True):
-        for column in columns:
-            if row[column]:
-                assert float(resumed_row[column]) == pytest.approx(
-                    float(row[column]), rel=1e-4
-                )
-    for a, b in zip(final_weights(whole), final_weights(parts), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+def send_sigterm_to_rank_1(monkeypatch, step):
+    """Has the system send the signal after an update, as to a killed job."""
+    on_train_batch_end = training_callbacks.Throughput.on_train_batch_end
+
+    def send(self, batch, logs=None):
+        on_train_batch_end(self, batch, logs)
+        if hvd.rank() == 1 and int(self.model.optimizer.iterations) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(
+        training_callbacks.Throughput, "on_train_batch_end", send
+    )
+
+
+def test_sigterm_to_one_rank_saves_and_stops_all(shared_folder, monkeypatch):
+    """In the middle of an epoch; the resumed job is as if nothing was."""
+    whole, parts = shared_folder / "whole", shared_folder / "parts"
+    changes = {"max_micro_batch_size": 256}
+    job(whole, **changes)
+    with monkeypatch.context() as patch:
+        send_sigterm_to_rank_1(patch, step=5)
+        with pytest.raises(StoppedBySigterm) as stop:
+            job(parts, **changes)
+    assert stop.value.steps_done == 5
+    # The job no longer listens to signals.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    names = sorted(path.name for path in (parts / "checkpoints").iterdir())
+    assert names[-1] == "step-00000005.keras"
+    summary = job(parts, "resume", **changes)
+    assert summary["steps"] == 9
+
+    # Batch norm's moving statistics were averaged once more; for the rest, the
+    # job is the same to the bit.
+    for name in ("epoch", "step", "learning_rate"):
+        assert [r[name] for r in table(whole)] == [
+            r[name] for r in table(parts)
+        ]
+    for name in ("train_loss", "train_top1_percent"):
+        np.testing.assert_allclose(
+            *([float(r[name]) for r in table(w)] for w in (whole, parts)),
+            rtol=1e-6,
+        )
+    states = [saved_state(workdir) for workdir in (whole, parts)]
+    for path in states[0]:
+        is_statistic = "moving" in path
+        np.testing.assert_allclose(
+            states[0][path],
+            states[1][path],
+            rtol=1e-5 if is_statistic else 0,
+            err_msg=path,
+        )
+
+
+def saved_state(workdir):
+    path = workdir / "checkpoints" / "step-00000009.keras"
+    model = keras.saving.load_model(path)
+    variables = model.weights + model.optimizer.variables
+    return {v.path: v.numpy() for v in variables}
+
+
+def test_sigterm_at_the_last_step_of_an_epoch_is_kept_for_the_next(
+    shared_folder, monkeypatch
+):
+    send_sigterm_to_rank_1(monkeypatch, step=3)
+    with pytest.raises(StoppedBySigterm) as stop:
+        job(shared_folder / "run")
+    assert stop.value.steps_done == 4
+    (row,) = table(shared_folder / "run")
+    assert row["test_loss"] == "" or float(row["test_loss"]) > 0
+
+
+def test_full_disk_keeps_the_older_checkpoints(shared_folder, monkeypatch):
+    """The system refuses to let rank 0's second checkpoint grow."""
+    workdir = shared_folder / "run"
+    save = checkpoints.save
+
+    def save_within_a_limit(workdir, model, steps_done, *others):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if steps_done == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            save(workdir, model, steps_done, *others)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save_within_a_limit)
+        assert_refused(
+            r"on rank 0: cannot write the checkpoint .*/step-00000006.keras: "
+            r"File too large; those before it are good: make room, and go on",
+            workdir,
+        )
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert [name for name in names if name.endswith(".keras")] == [
+        "step-00000003.keras"
+    ]
+    assert not list(workdir.rglob(".part-*"))
+    assert job(workdir, "resume")["steps"] == 9
+
+
+def test_job_stops_at_its_target(shared_folder):
+    workdir = shared_folder / "run"
+    summary = job(
+        workdir,
+        evaluate_every_epochs=1,
+        target_top1=1.0,
+        stop_at_target=True,
+    )
+    assert summary["epochs"] == summary["epochs_to_target"] == 1
+    assert summary["steps"] == 3
+    assert 0 < summary["seconds_to_target"] <= summary["seconds"]
+    assert [row["epoch"] for row in table(workdir)] == ["1"]
+    names = [path.name for path in (workdir / "checkpoints").glob("*.keras")]
+    assert names == ["step-00000003.keras"]
+
+
+def test_best_checkpoints_target_and_mlperf_log(shared_folder):
+    workdir = shared_folder / "run"
+    summary = job(
+        workdir,
+        evaluate_every_epochs=1,
+        keep_best_checkpoints=2,
+        target_top1=1.0,
+    )
+    top1 = [float(row["test_top1_percent"]) for row in table(workdir)]
+    best = sorted(zip(top1, (3, 6, 9), strict=True))[-2:]
+    names = sorted(path.name for path in (workdir / "best").iterdir())
+    assert names == [f"top1-{t:06.3f}-step-{s:08d}.keras" for t, s in best]
+    model = keras.saving.load_model(workdir / "best" / names[-1])
+    assert int(model.optimizer.iterations) == best[-1][1]
+
+    # The target is noted; the job was not asked to stop there.
+    assert summary["epochs"] == 3
+    assert summary["epochs_to_target"] == 1
+    assert summary["seconds_to_target"] < summary["seconds"]
+
+    # The log's intervals are closed, and its values are those of the job.
+    lines, errors = parse_file(str(workdir / "mlperf.log"), ruleset="5.1.0")
+    assert not errors
+    keys = [line.key for line in lines]
+    begin, end = keys.index("run_start"), keys.index("run_stop")
+    assert keys[begin + 1 : end] == 3 * [
+        "epoch_start",
+        "eval_start",
+        "eval_accuracy",
+        "eval_stop",
+        "epoch_stop",
+    ]
+    values = {line.key: line.value["value"] for line in lines}
+    assert values["global_batch_size"] == 1024
+    assert values["opt_name"] == "lars"
+    assert values["opt_base_learning_rate"] == 20
+    assert values["eval_accuracy"] == pytest.approx(top1[-1] / 100)
+    assert lines[-1].value["metadata"]["status"] == "success"
+
+
+def test_mixed_precision(shared_folder):
+    summary = job(shared_folder / "run", precision="mixed_float16")
+    assert summary["steps"] == 9
+    path = shared_folder / "run" / "checkpoints" / "step-00000009.keras"
+    model = keras.saving.load_model(path)
+    assert model.get_layer("conv2").compute_dtype == "float16"
+    assert model.output.dtype == "float32"
 
 
 def test_resuming_a_finished_run_trains_no_more(shared_folder):
@@ -210,7 +388,7 @@ def test_loss_that_is_not_finite_stops_all_ranks(shared_folder):
     assert not list(workdir.glob("checkpoints/*"))
 
 
-class LossOfOneRank(keras.losses.SparseCategoricalCrossentropy):
+class LossOfOneRank(keras.losses.CategoricalCrossentropy):
     """NaN on rank 1."""
 
     def call(self, y_true, y_pred):
@@ -219,9 +397,7 @@ class LossOfOneRank(keras.losses.SparseCategoricalCrossentropy):
 
 
 def test_nan_loss_on_one_rank_stops_all_ranks(shared_folder, monkeypatch):
-    monkeypatch.setattr(
-        keras.losses, "SparseCategoricalCrossentropy", LossOfOneRank
-    )
+    monkeypatch.setattr(keras.losses, "CategoricalCrossentropy", LossOfOneRank)
     workdir = shared_folder / "run"
     assert_refused("step 1 left infinities or NaN in 17 of 17", workdir)
     assert not (workdir / "summary.json").exists()
@@ -230,13 +406,13 @@ def test_nan_loss_on_one_rank_stops_all_ranks(shared_folder, monkeypatch):
 def test_nan_loss_with_finite_weights_stops_at_the_epoch(
     shared_folder, monkeypatch
 ):
-    class NanBesideTheGradient(keras.losses.SparseCategoricalCrossentropy):
+    class NanBesideTheGradient(keras.losses.CategoricalCrossentropy):
         def call(self, y_true, y_pred):
             loss = super().call(y_true, y_pred)
             return loss + (np.nan if hvd.rank() == 1 else 0.0)
 
     monkeypatch.setattr(
-        keras.losses, "SparseCategoricalCrossentropy", NanBesideTheGradient
+        keras.losses, "CategoricalCrossentropy", NanBesideTheGradient
     )
     workdir = shared_folder / "run"
     assert_refused(r"loss is nan after epoch 1", workdir)
@@ -266,18 +442,34 @@ def test_weights_of_the_ranks_are_bit_equal(shared_folder, monkeypatch):
     [
         (
             {"global_batch_size": 1023},
-            r"1023 is not divisible by 2 ranks x 1 .* that is: 1022",
+            r"1023 is not divisible by 2 ranks; the nearest that is: 1022",
+        ),
+        ({"max_micro_batch_size": 0}, "max_micro_batch_size must be 1 or more"),
+        ({"precision": "float8"}, "precision must be one of float32, mixed_"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be 0 or more and bel"),
+        ({"stop_at_target": True}, "stop_at_target needs target_top1"),
+        (
+            {"dataset.service": "grpc://a:1", "dataset.corrupt_images": "skip"},
+            "corrupt_images=skip counts .* use stop",
         ),
         (
-            {"global_batch_size": 1001, "accumulation_steps": 3},
-            r"2 ranks x 3 accumulation steps = 6; the nearest that is: 1002",
+            {"dataset.num_classes": 9},
+            "num_classes=9, but .* 'mnist5k' .* has 10",
         ),
+        (
+            {"dataset.train_examples": 5000},
+            "train_examples=5000, but .* has 4000: was an archive cut short",
+        ),
+        ({"dataset.test_split": "dev"}, "has no split 'dev', only t"),
         ({"global_batch_size": 1}, "the nearest that is: 2"),
         ({"global_batch_size": 8000}, "more than the 4000 .* works is 4000"),
         ({"global_batch_size": 0}, "global_batch_size must be 1 or more"),
         ({"epochs": 0}, "epochs must be 1 or more"),
         ({"schedule.warmup_epochs": 3}, "warmup_epochs .* below the 3 epochs"),
-        ({"model.name": "vgg"}, "model.name must be one of small_cnn"),
+        (
+            {"model.name": "vgg"},
+            "model.name must be one of alexnet, resnet50, small_cnn",
+        ),
         ({"dataset.augmentation": "cutout"}, "augmentation must be one of"),
         ({"dataset.name": "nodigits"}, "unknown dataset 'nodigits'"),
         ({"dataset.name": "mnist/1/2/3"}, "unknown dataset 'mnist/1/2/3'"),
@@ -299,9 +491,8 @@ def test_config_that_lacks_a_key(shared_folder):
 
 
 def test_more_ranks_than_examples():
-    builder = input_pipeline.load_builder("mnist5k", None)
     with pytest.raises(JobError, match=r"1001 ranks .* 1000 examples .* test"):
-        job_size(tiny_config(), builder, ranks=1001)
+        job_size(tiny_config(), ranks=1001)
 
 
 def test_workdir_that_cannot_be_written_to(shared_folder):
@@ -376,10 +567,10 @@ def test_resume_from_a_checkpoint_that_is_broken(shared_folder, monkeypatch):
     workdir = shared_folder / "run"
     interrupted_job(workdir, monkeypatch, epoch=2)
     if hvd.rank() == 0:
-        (workdir / "checkpoints" / "epoch-0002.keras").write_bytes(b"")
+        (workdir / "checkpoints" / "step-00000006.keras").write_bytes(b"")
     hvd.allgather_object(None)
     assert_refused(
-        "cannot load .*epoch-0002.keras .*delete it", workdir, "resume"
+        "cannot load .*step-00000006.keras .*delete it", workdir, "resume"
     )
 
 

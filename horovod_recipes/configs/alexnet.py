@@ -1,0 +1,71 @@
+"""AlexNet on ImageNet with LARS, batches of 512 to 32K.
+
+    horovodrun -np 8 python -m horovod_recipes.train --config=alexnet:8k
+        --workdir=DIR
+
+Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks
+with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
+1708.03888: its tables of AlexNet, with LARS, and without (`_sgd_best`, the best
+rate that it found). `_sgd` is what it argues against: the rate of batch 512
+scaled linearly, with the same warm-up.
+
+Hardware: any GPU with 8 GB; 512 images a rank at a time, and as many
+micro-batches as make the batch. Not run at full size here: top-1 is that of
+the source.
+
+| variant | rate | warm-up epochs | expected top-1, % |
+|---|---|---|---|
+| 512 | 2 | 2 | 58.7 |
+| 4k | 10 | 2 | 58.5 |
+| 8k | 10 | 2 | 58.2 |
+| 16k | 14 | 2 | 55.0 |
+| 32k | 14 | 2 | 46.9 |
+| 512_sgd | 0.02 | 2.5 | 58.8 |
+| 4k_sgd | 0.16 | 2.5 | |
+| 8k_sgd | 0.32 | 2.5 | |
+| 16k_sgd | 0.64 | 2.5 | |
+| 32k_sgd | 1.28 | 2.5 | |
+| 4k_sgd_best | 0.05 | 2.5 | 53.1 |
+| 8k_sgd_best | 0.03 | 2.5 | 44.8 |
+"""
+
+from ml_collections import config_dict
+
+from horovod_recipes.configs import _imagenet
+
+# Global batch, rate, warm-up epochs, expected top-1.
+ROWS = {
+    "512": (512, 2.0, 2, 58.7),
+    "4k": (4096, 10.0, 2, 58.5),
+    "8k": (8192, 10.0, 2, 58.2),
+    "16k": (16384, 14.0, 2, 55.0),
+    "32k": (32768, 14.0, 2, 46.9),
+    "512_sgd": (512, 0.02, 2.5, 58.8),
+    "4k_sgd": (4096, 0.16, 2.5, None),
+    "8k_sgd": (8192, 0.32, 2.5, None),
+    "16k_sgd": (16384, 0.64, 2.5, None),
+    "32k_sgd": (32768, 1.28, 2.5, None),
+    "4k_sgd_best": (4096, 0.05, 2.5, 53.1),
+    "8k_sgd_best": (8192, 0.03, 2.5, 44.8),
+}
+
+
+def get_config(variant="8k"):
+    """Returns the `ConfigDict` of a variant."""
+    batch, rate, warmup_epochs, top1 = _imagenet.row(ROWS, variant)
+    config = _imagenet.get_config()
+    config.model = config_dict.create(name="alexnet", normalization="lrn")
+    config.dataset.image_size = 227
+    config.global_batch_size = batch
+    config.max_micro_batch_size = 512
+    config.schedule.peak_learning_rate = rate
+    config.schedule.warmup_epochs = warmup_epochs
+    config.expected_top1 = top1
+    if "sgd" in variant:
+        _imagenet.without_lars(config)
+    else:
+        # Without batch norm, biases diverge at the full rate. With this they
+        # have at batch 512 the rate of SGD, 0.02. The paper does not say what
+        # it did with them.
+        config.optimizer.unadapted_scale = 0.01
+    return config

@@ -1,0 +1,74 @@
+"""AlexNet with batch norm on ImageNet with LARS, batches of 512 to 32K.
+
+    horovodrun -np 8 python -m horovod_recipes.train --config=alexnet_bn:16k
+        --workdir=DIR
+
+Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks
+with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
+1708.03888: its tables of AlexNet-BN, with LARS, and without (`_sgd_best`, the
+best rate that it found). `_sgd` is what it argues against: the rate of batch
+512 scaled linearly, with the same warm-up.
+
+Hardware: any GPU with 8 GB; 128 images a rank at a time, of which batch norm
+takes its statistics (of how many the paper did, it does not say), and as many
+micro-batches as make the batch. Not run at full size here: top-1 is that of
+the source.
+
+| variant | rate | warm-up epochs | expected top-1, % |
+|---|---|---|---|
+| 512 | 2 | 5 | 60.2 |
+| 4k | 10 | 5 | 60.4 |
+| 8k | 14 | 5 | 60.1 |
+| 16k | 23 | 5 | 59.3 |
+| 32k | 22 | 5 | 57.8 |
+| 512_sgd | 0.02 | 2.5 | 60.2 |
+| 4k_sgd | 0.16 | 2.5 | |
+| 8k_sgd | 0.32 | 2.5 | |
+| 16k_sgd | 0.64 | 2.5 | |
+| 32k_sgd | 1.28 | 2.5 | |
+| 4k_sgd_best | 0.18 | 2.5 | 58.9 |
+| 8k_sgd_best | 0.3 | 2.5 | 58.0 |
+"""
+
+from ml_collections import config_dict
+
+from horovod_recipes.configs import _imagenet
+
+# Global batch, rate, warm-up epochs, expected top-1.
+ROWS = {
+    "512": (512, 2.0, 5, 60.2),
+    "4k": (4096, 10.0, 5, 60.4),
+    "8k": (8192, 14.0, 5, 60.1),
+    "16k": (16384, 23.0, 5, 59.3),
+    "32k": (32768, 22.0, 5, 57.8),
+    "512_sgd": (512, 0.02, 2.5, 60.2),
+    "4k_sgd": (4096, 0.16, 2.5, None),
+    "8k_sgd": (8192, 0.32, 2.5, None),
+    "16k_sgd": (16384, 0.64, 2.5, None),
+    "32k_sgd": (32768, 1.28, 2.5, None),
+    "4k_sgd_best": (4096, 0.18, 2.5, 58.9),
+    "8k_sgd_best": (8192, 0.3, 2.5, 58.0),
+}
+
+
+def get_config(variant="8k"):
+    """Returns the `ConfigDict` of a variant."""
+    batch, rate, warmup_epochs, top1 = _imagenet.row(ROWS, variant)
+    config = _imagenet.get_config()
+    config.model = config_dict.create(
+        name="alexnet",
+        normalization="batch_norm",
+        # Or "synchronized", over the micro-batches of all ranks.
+        batch_norm="micro_batch",
+        batch_norm_momentum=0.9,
+        batch_norm_epsilon=1e-4,
+    )
+    config.dataset.image_size = 227
+    config.global_batch_size = batch
+    config.max_micro_batch_size = 128
+    config.schedule.peak_learning_rate = rate
+    config.schedule.warmup_epochs = warmup_epochs
+    config.expected_top1 = top1
+    if "sgd" in variant:
+        _imagenet.without_lars(config)
+    return config

@@ -1,0 +1,57 @@
+"""Batch norm with the statistics of all ranks' batches."""
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+
+
+def SyncBatchNormalization(**arguments):
+    """Returns a batch norm whose batches are those of all ranks together.
+
+    In training, outputs, gradients and moving statistics are those of
+    `keras.layers.BatchNormalization` on the concatenation of the ranks'
+    batches, of any sizes; a forward pass takes one allreduce, a backward pass
+    another. In evaluation there is none.
+
+    The layer is a `keras.layers.BatchNormalization`, so that a model saved with
+    it loads without Horovod. One that is made from its config, as by
+    `keras.models.clone_model`, normalizes by this rank's batches alone.
+
+    Args:
+        **arguments: Of `keras.layers.BatchNormalization`.
+    """
+    layer = keras.layers.BatchNormalization(**arguments)
+    # An attribute of the instance rather than a method of a subclass, because
+    # the class is what a saved file names.
+    layer._moments = _MomentsOfAllRanks(layer)
+    return layer
+
+
+class _MomentsOfAllRanks:
+    """Stands in for a batch norm's `_moments`: those of all ranks together."""
+
+    def __init__(self, layer):
+        self._axis = layer.axis
+        self._local_moments = layer._moments
+
+    def __call__(self, inputs, mask):
+        mean, variance = self._local_moments(inputs, mask)
+        if mask is None:
+            count = tf.size(inputs) // tf.shape(inputs)[self._axis]
+        else:
+            count = tf.math.count_nonzero(mask)
+        # In float64 nothing is lost where the mean is far above the standard
+        # deviation.
+        count = tf.cast(tf.reshape(count, [1]), tf.float64)
+        local_mean = tf.cast(mean, tf.float64)
+        local_square = tf.cast(variance, tf.float64) + local_mean**2
+        sums = hvd.allreduce(
+            tf.concat([count, count * local_mean, count * local_square], 0),
+            op=hvd.Sum,
+        )
+        total_mean, total_square = tf.split(sums[1:] / sums[0], 2)
+        total_variance = total_square - total_mean**2
+        return (
+            tf.cast(total_mean, mean.dtype),
+            tf.cast(total_variance, variance.dtype),
+        )

@@ -1,0 +1,139 @@
+"""AlexNet as Caffe has it, and with batch norm: the paper's first networks."""
+
+import functools
+
+import keras
+from keras import layers
+
+from horovod_recipes.models.layers import IMAGENET_MEAN
+from horovod_recipes.models.layers import GroupedConv2D
+from horovod_recipes.models.layers import LocalResponseNormalization
+from horovod_recipes.models.layers import batch_norm_layer
+
+# At 67 pixels the last pooling sees 3x3 pixels, which is all of its window.
+SMALLEST_IMAGE = 67
+
+
+def alexnet(
+    image_shape,
+    num_classes,
+    normalization="lrn",
+    batch_norm="micro_batch",
+    batch_norm_momentum=0.9,
+    batch_norm_epsilon=1e-4,
+    dropout=0.5,
+):
+    """Returns an AlexNet, from uint8 images to float32 logits.
+
+    With `"lrn"` it is BVLC's, the AlexNet of the LARS paper: layers, groups
+    and initial values are those of `models/bvlc_alexnet/train_val.prototxt`
+    in https://github.com/BVLC/caffe. As there, the mean is taken from the
+    images and they are not scaled: with pixels of standard deviation 1 in
+    place of about 60, the initial weights would let hardly anything of the
+    image through.
+
+    With `"batch_norm"` it is AlexNet-BN. Of that the LARS paper says only that
+    batch norm replaces LRN; its authors' file, `models/alexnet_bn/
+    train_val.prototxt` in NVIDIA's fork of Caffe, has a batch norm after each
+    of the five convolutions, before ReLU, and keeps dropout. The biases of the
+    convolutions, which do nothing before a batch norm, are left out (there,
+    conv5 keeps its).
+
+    Args:
+        image_shape: Tuple `(height, width, 3)` of the uint8 images, 227 pixels
+            high and wide in the paper, 67 at least.
+        num_classes: Integer, the number of logits.
+        normalization: `"lrn"` or `"batch_norm"`. Defaults to `"lrn"`.
+        batch_norm: `"micro_batch"` or `"synchronized"`: whose images the
+            batch statistics are of, this rank's or those of all. Defaults to
+            `"micro_batch"`.
+        batch_norm_momentum: Float, the share of the old moving statistics in
+            the new. Defaults to `0.9`, as in NVIDIA's file.
+        batch_norm_epsilon: Float, added to the variance. Defaults to `1e-4`,
+            as in NVIDIA's file.
+        dropout: Float, the share of fc6 and fc7 to drop. Defaults to `0.5`.
+
+    Raises:
+        ValueError: If images are too small, or `normalization` or
+            `batch_norm` is none of those above.
+    """
+    if min(image_shape[:2]) < SMALLEST_IMAGE:
+        raise ValueError(
+            f"AlexNet needs images of at least {SMALLEST_IMAGE} x "
+            f"{SMALLEST_IMAGE} pixels. Received: image_shape={image_shape}"
+        )
+    if normalization not in ("lrn", "batch_norm"):
+        raise ValueError(
+            'Argument `normalization` must be "lrn" or "batch_norm". '
+            f"Received: normalization={normalization!r}"
+        )
+    norm = None
+    if normalization == "batch_norm":
+        norm = functools.partial(
+            batch_norm_layer,
+            batch_norm,
+            momentum=batch_norm_momentum,
+            epsilon=batch_norm_epsilon,
+        )
+
+    inputs = keras.Input(image_shape, dtype="uint8", name="image")
+    x = layers.Rescaling(
+        1.0,
+        offset=[-mean for mean in IMAGENET_MEAN],
+        dtype="float32",
+        name="subtract_mean",
+    )(inputs)
+    x = convolution(x, 1, 96, 11, norm, strides=4)
+    if norm is None:
+        x = LocalResponseNormalization(name="lrn1")(x)
+    x = layers.MaxPooling2D(3, strides=2, name="pool1")(x)
+    x = convolution(x, 2, 256, 5, norm, bias=0.1, groups=2, padding="same")
+    if norm is None:
+        x = LocalResponseNormalization(name="lrn2")(x)
+    x = layers.MaxPooling2D(3, strides=2, name="pool2")(x)
+    x = convolution(x, 3, 384, 3, norm, padding="same")
+    x = convolution(x, 4, 384, 3, norm, bias=0.1, groups=2, padding="same")
+    x = convolution(x, 5, 256, 3, norm, bias=0.1, groups=2, padding="same")
+    x = layers.MaxPooling2D(3, strides=2, name="pool5")(x)
+    x = layers.Flatten(name="flatten")(x)
+    x = fully_connected(x, 6, dropout)
+    x = fully_connected(x, 7, dropout)
+    logits = layers.Dense(
+        num_classes,
+        kernel_initializer=gaussian(0.01),
+        dtype="float32",
+        name="fc8",
+    )(x)
+    return keras.Model(inputs, logits, name="alexnet")
+
+
+def convolution(x, index, filters, size, norm, bias=0.0, **arguments):
+    """Returns what a convolution, a batch norm if any, and ReLU make of `x`."""
+    x = GroupedConv2D(
+        filters,
+        size,
+        use_bias=norm is None,
+        kernel_initializer=gaussian(0.01),
+        bias_initializer=keras.initializers.Constant(bias),
+        name=f"conv{index}",
+        **arguments,
+    )(x)
+    if norm is not None:
+        x = norm(name=f"bn{index}")(x)
+    return layers.ReLU(name=f"relu{index}")(x)
+
+
+def fully_connected(x, index, dropout):
+    """Returns what a dense layer of 4,096, ReLU and dropout make of `x`."""
+    x = layers.Dense(
+        4096,
+        activation="relu",
+        kernel_initializer=gaussian(0.005),
+        bias_initializer=keras.initializers.Constant(0.1),
+        name=f"fc{index}",
+    )(x)
+    return layers.Dropout(dropout, name=f"drop{index}")(x)
+
+
+def gaussian(stddev):
+    return keras.initializers.RandomNormal(stddev=stddev)

@@ -1,0 +1,47 @@
+"""One update at a global batch of 32,768, on two ranks, equals another way."""
+
+import numpy as np
+import pytest
+
+import horovod_recipes.keras as hvd
+from horovod_recipes.benchmarks import large_update
+
+
+def tiny_config(batch_norm):
+    config = large_update.small_config(32768)
+    config.model.update(stage_blocks=(1, 1), width=4, batch_norm=batch_norm)
+    config.dataset.num_classes = 10
+    config.max_micro_batch_size = 128
+    return config
+
+
+def test_update_equals_another_computation():
+    config = tiny_config("micro_batch")
+    update = large_update.update_of_job(config, image_size=16)
+    assert update["job"].ranks == 2
+    assert update["job"].accumulation_steps == 128
+    assert update["calls"] == 1
+    optimizer = update["model"].optimizer
+    assert int(optimizer.iterations) == 1
+    expected = large_update.update_another_way(config, update)
+    difference = large_update.largest_difference(update, expected)
+    assert difference < 1e-4
+    # It would see a micro-batch that is missing, and a wrong decay.
+    wrong = tiny_config("micro_batch")
+    wrong.optimizer.weight_decay = 6e-4
+    others = large_update.update_another_way(wrong, update)
+    assert large_update.largest_difference(update, others) > 1e-4
+    # Both ranks hold the same.
+    ours = [v.numpy() for v in update["model"].trainable_variables]
+    for first, second in zip(*hvd.allgather_object(ours), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_memory_does_not_grow_with_the_accumulation_steps():
+    peaks = []
+    for batch in (2048, 32768):
+        config = tiny_config("micro_batch")
+        config.global_batch_size = batch
+        peaks.append(large_update.update_of_job(config, 16)["peak_mb"])
+    # 16 times the images, of 12 MB at this size, and their activations.
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
