@@ -38,7 +38,7 @@ setuptools.setup(
         # For keras_lars.callbacks.TrustRatioLogger, beside TensorFlow.
         "telemetry": ["matplotlib", "tensorboard"],
         "bench": ["absl-py", "jax", "optax"],
-        "test": ["jax", "optax", "pytest", "ruff"],
+        "test": ["jax", "jsonschema", "optax", "pytest", "ruff"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
