@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_lars  # noqa: F401  to load its optimizer
 from horovod_recipes import models  # noqa: F401  to load AlexNet
 from horovod_recipes import photos
 from horovod_recipes import rehearsal

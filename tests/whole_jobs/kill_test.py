@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 
+import keras_lars  # noqa: F401  to load its optimizer
 from tests.jobs import HOROVODRUN
 from tests.jobs import TRAIN
 from tests.jobs import run
