@@ -95,6 +95,12 @@ def _value(config, key):
     return config
 
 
+def is_sgd(config):
+    """Whether a recipe is one without LARS: it adapts no layer."""
+    patterns = config.optimizer.get("exclude_from_layer_adaptation") or ()
+    return ".*" in patterns
+
+
 def check_source(config, source):
     """Raises `JobError` where the data are not those of the config."""
     dataset = config.dataset

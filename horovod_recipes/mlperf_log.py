@@ -10,6 +10,8 @@ import keras
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
+from horovod_recipes.job import is_sgd
+
 
 class MLPerfLog(keras.callbacks.Callback):
     """Writes what MLPerf asks to be logged to `workdir/mlperf.log`.
@@ -71,7 +73,6 @@ class _AppendToFile(logging.Handler):
 
 def _settings(config, job):
     lars, schedule = config.optimizer, config.schedule
-    is_sgd = ".*" in lars.get("exclude_from_layer_adaptation", ())
     return (
         (constants.SUBMISSION_BENCHMARK, config.model.name),
         (constants.SEED, config.seed),
@@ -80,7 +81,10 @@ def _settings(config, job):
         (constants.MODEL_BN_SPAN, job.micro_batch_size),
         (constants.TRAIN_SAMPLES, config.dataset.train_examples),
         (constants.EVAL_SAMPLES, config.dataset.test_examples),
-        (constants.OPT_NAME, constants.SGD if is_sgd else constants.LARS),
+        (
+            constants.OPT_NAME,
+            constants.SGD if is_sgd(config) else constants.LARS,
+        ),
         (constants.OPT_BASE_LR, schedule.peak_learning_rate),
         (constants.OPT_END_LR, schedule.get("end_learning_rate", 0.0)),
         (constants.OPT_LR_WARMUP_EPOCHS, schedule.warmup_epochs),

@@ -39,6 +39,7 @@ from horovod_recipes.errors import raised_on_every_rank
 from horovod_recipes.errors import root_cause
 from horovod_recipes.job import check_config
 from horovod_recipes.job import check_source
+from horovod_recipes.job import is_sgd
 from horovod_recipes.job import job_size
 from horovod_recipes.mlperf_log import MLPerfLog
 from horovod_recipes.models import MODELS
@@ -329,15 +330,16 @@ def settings_line(config, config_name, job, steps_done):
 
 def reporting_callbacks(config, job, schedule, workdir, throughput):
     """Returns the callbacks that write to `workdir`; for rank 0 alone."""
-    return [
+    callbacks = [
         training_callbacks.MetricsTable(
             workdir, job.steps_per_epoch, schedule, throughput
         ),
         keras.callbacks.TensorBoard(workdir / "tensorboard", write_graph=False),
-        TrustRatioLogger(
-            workdir / "trust_ratios", config.log_trust_ratios_every_steps
-        ),
     ]
+    if not is_sgd(config):
+        every = config.log_trust_ratios_every_steps
+        callbacks.append(TrustRatioLogger(workdir / "trust_ratios", every))
+    return callbacks
 
 
 def evaluation_epochs(config):
