@@ -55,15 +55,16 @@ def minimal(encoded, seed, shape):
     """The paper's: scaled to 256 x 256, a random 224 x 224 of it, flipped.
 
     The image is not scaled as a whole: what the crop shows of it is decoded
-    and resized, which comes to the same. Half of the images are flipped.
+    and resized, which comes to the same. It shows 224 of 256 pixels at other
+    sizes too. Half of the images are flipped.
     """
-    top, left, flip = tf.unstack(tf.random.stateless_uniform([3], seed))
-    size = tf.cast(_image_size(encoded, shape), tf.float32)
-    room = (1 - CROP_FRACTION) * size
-    window = tf.concat(
-        [tf.stack([top, left]) * room, CROP_FRACTION * size], axis=0
-    )
-    return _flip_if(flip < 0.5, _decode_window(encoded, window, shape))
+    top, left, flip = tf.unstack(_uniform(seed, 3))
+
+    def window(size):
+        extent = CROP_FRACTION * size
+        return tf.concat([[top, left] * (size - extent), extent], axis=0)
+
+    return _flip_if(flip < 0.5, _crop(encoded, window, shape))
 
 
 def inception(encoded, seed, shape):
@@ -72,47 +73,83 @@ def inception(encoded, seed, shape):
     As Szegedy et al. have it, arXiv 1409.4842, section 6. Where ten tries find
     no such crop, the whole image is used. Half of the images are flipped.
     """
-    size = _image_size(encoded, shape)
-    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        image_size=tf.concat([size, shape[-1:]], axis=0),
-        bounding_boxes=tf.zeros([1, 0, 4]),
-        seed=seed,
-        min_object_covered=0.0,
-        aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=(0.08, 1.0),
-        max_attempts=10,
-        use_image_if_no_bounding_boxes=True,
-    )
-    window = tf.cast(tf.concat([begin[:2], extent[:2]], axis=0), tf.float32)
-    flip = tf.random.stateless_uniform([], seed) < 0.5
-    return _flip_if(flip, _decode_window(encoded, window, shape))
+    # One seed for both would have the flip follow the crop's aspect ratio.
+    crop_seed, flip_seed = tf.unstack(tf.random.split(seed))
+
+    def window(size):
+        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+            image_size=tf.concat([tf.cast(size, tf.int32), shape[-1:]], axis=0),
+            bounding_boxes=tf.zeros([1, 0, 4]),
+            seed=crop_seed,
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(0.08, 1.0),
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        return tf.concat([begin[:2], extent[:2]], axis=0)
+
+    (flip,) = tf.unstack(_uniform(flip_seed, 1))
+    return _flip_if(flip < 0.5, _crop(encoded, window, shape))
 
 
 def centre_of_scaled(encoded, seed, shape):
     """Scaled to 256 x 256, the 224 x 224 in the middle: the paper's test."""
-    size = tf.cast(_image_size(encoded, shape), tf.float32)
-    return _decode_centre(encoded, size, CROP_FRACTION * size, shape)
+
+    def window(size):
+        extent = CROP_FRACTION * size
+        return tf.concat([(size - extent) / 2, extent], axis=0)
+
+    return _crop(encoded, window, shape)
 
 
 def centre_square(encoded, seed, shape):
     """The square in the middle, 7/8 of the shorter side wide, resized."""
-    size = tf.cast(_image_size(encoded, shape), tf.float32)
-    side = CROP_FRACTION * tf.reduce_min(size)
-    return _decode_centre(encoded, size, tf.stack([side, side]), shape)
+
+    def window(size):
+        side = CROP_FRACTION * tf.reduce_min(size)
+        extent = tf.stack([side, side])
+        return tf.concat([(size - extent) / 2, extent], axis=0)
+
+    return _crop(encoded, window, shape)
 
 
-def _decode_centre(encoded, size, extent, shape):
-    window = tf.concat([(size - extent) / 2, extent], axis=0)
-    return _decode_window(encoded, window, shape)
+def _uniform(seed, count):
+    """Returns numbers from 0 to 1, by fewer operations than tf.random has."""
+    return tf.raw_ops.StatelessRandomUniform(shape=[count], seed=seed)
 
 
-def _image_size(encoded, shape):
-    """Returns height and width, from the header alone if it is a JPEG."""
-    return tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.extract_jpeg_shape(encoded)[:2],
-        lambda: tf.shape(_decode_any(encoded, shape))[:2],
-    )
+def _crop(encoded, window, shape):
+    """Decodes a window of an image, and resizes it.
+
+    Args:
+        encoded: String.
+        window: Function of the image's height and width, float32 `[2]`, that
+            returns top, left, height and width, float32 or int32 `[4]`.
+        shape: Tuple of the result.
+    """
+
+    def rounded(size):
+        numbers = tf.cast(window(tf.cast(size, tf.float32)), tf.float32)
+        # Top and left down, height and width to the nearest above 0.
+        numbers += tf.constant([0.0, 0.0, 0.5, 0.5])
+        lowest = tf.constant([0, 0, 1, 1])
+        return tf.maximum(tf.cast(numbers, tf.int32), lowest)
+
+    def of_jpeg():
+        size = tf.io.extract_jpeg_shape(encoded)[:2]
+        return tf.image.decode_and_crop_jpeg(
+            encoded, rounded(size), channels=shape[-1]
+        )
+
+    def of_others():
+        image = _decode_any(encoded, shape)
+        top, left, height, width = tf.unstack(rounded(tf.shape(image)[:2]))
+        return image[top : top + height, left : left + width]
+
+    # ImageNet has a PNG under the name of a JPEG.
+    image = tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others)
+    return _resize(image, shape)
 
 
 def _decode_any(encoded, shape):
@@ -121,37 +158,16 @@ def _decode_any(encoded, shape):
     )
 
 
-def _decode_window(encoded, window, shape):
-    """Decodes a window (top, left, height, width) and resizes it to `shape`."""
-    top_left = tf.cast(window[:2], tf.int32)
-    extent = tf.maximum(tf.cast(tf.round(window[2:]), tf.int32), 1)
-    window = tf.concat([top_left, extent], axis=0)
-
-    def of_jpeg():
-        return tf.image.decode_and_crop_jpeg(
-            encoded, window, channels=shape[-1]
-        )
-
-    def of_others():
-        return tf.slice(
-            _decode_any(encoded, shape),
-            tf.concat([top_left, [0]], axis=0),
-            tf.concat([extent, [-1]], axis=0),
-        )
-
-    # ImageNet has a PNG under the name of a JPEG.
-    image = tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others)
-    return _resize(image, shape)
-
-
 def _resize(image, shape):
     image.set_shape([None, None, shape[-1]])
-    resized = tf.image.resize(image, shape[:2])
-    return tf.cast(tf.round(resized), tf.uint8)
+    # From float32 it is faster, by more than the cast takes.
+    resized = tf.image.resize(tf.cast(image, tf.float32), shape[:2])
+    return tf.cast(resized + 0.5, tf.uint8)
 
 
 def _flip_if(flip, image):
-    return tf.cond(flip, lambda: image[:, ::-1], lambda: image)
+    # Faster than a slice with a step of -1 by as much as resizing takes.
+    return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 
 
 # What is done to the images of training, and to those of evaluation.

@@ -28,7 +28,8 @@ RUN_FILES = (
     "trust_ratios",
 )
 # Keys that a run may be resumed with another value of: they change where it
-# reads and what it writes, not what it computes from the data that is good.
+# reads, what it writes, and how it fits on its devices. Of what it computes,
+# micro-batches change the statistics of batch norm and dropout's masks.
 FREE_KEYS = {
     "dataset.data_dir",
     "dataset.corrupt_images",
@@ -58,8 +59,9 @@ def prepare_workdir(workdir, config, mode):
         saved_config = read_config(workdir)
         if mode == "resume":
             check_same_config(saved_config, config, workdir)
-            return
-        if workdir.exists() and any(workdir.iterdir()):
+            if read_summary(workdir) is not None:
+                return
+        elif workdir.exists() and any(workdir.iterdir()):
             check_overwritable(saved_config, workdir, mode)
             delete_run(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -196,6 +198,10 @@ def restore_latest(workdir, model):
         strict=True,
     ):
         variable.assign(value)
+    # What a killed job had written after that comes again.
+    for best in (workdir / "best").glob("top1-*-step-*.keras"):
+        if int(best.stem.rpartition("-")[2]) > max(paths):
+            best.unlink()
     return max(paths), measured
 
 
@@ -245,7 +251,7 @@ def save_if_best(workdir, model, steps_done, top1, keep):
         keep: Integer, how many of the best to keep.
     """
     folder = workdir / "best"
-    path = folder / f"top1-{top1:06.3f}-step-{steps_done:08d}.keras"
+    path = folder / f"top1-{top1:07.3f}-step-{steps_done:08d}.keras"
     # By top-1, and the later of equals first.
     best = sorted([*folder.glob("top1-*.keras"), path], reverse=True)[:keep]
     if path not in best:

@@ -118,10 +118,11 @@ def training_batches(
             batches = batches.skip(done)
         return batches.take(batches_per_epoch - done)
 
-    epochs = tf.data.Dataset.counter(first_epoch)
+    # Not a counter: a service can split a range among its workers only.
+    epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
     batches = epochs.flat_map(epoch_of_batches)
     if config.service:
-        batches = _through_service(batches, config.service, f"train{rank}")
+        batches = _through_service(batches, config.service)
     return batches.prefetch(tf.data.AUTOTUNE).with_options(_options(threads))
 
 
@@ -200,18 +201,18 @@ def _error_instead_of_a_batch(element_spec):
     return tf.data.Dataset.from_tensors(True).map(fail)
 
 
-def _through_service(batches, address, job_name):
+def _through_service(batches, address):
     """Has the workers of a tf.data service make the batches.
 
-    Each worker takes whole epochs of the rank, so that over as many epochs as
-    there are workers every image is seen equally often; in which order, and
-    where an epoch ends, is not determined.
+    The service hands out the elements of the pipeline's source, which are the
+    epochs of the rank, to one worker each. So no batch is made twice, and over
+    many epochs every image is seen equally often. With more than one worker,
+    the order of the batches, and where an epoch ends, is not determined. The
+    service's job has no name: it is this iterator's own, and ends with it.
     """
     return batches.apply(
         tf.data.experimental.service.distribute(
-            processing_mode="distributed_epoch",
-            service=address,
-            job_name=job_name,
+            processing_mode="distributed_epoch", service=address
         )
     )
 
@@ -220,4 +221,6 @@ def _options(threads):
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = threads
+    # Images are decoded beside each other, so that one needs one thread.
+    options.threading.max_intra_op_parallelism = 1
     return options

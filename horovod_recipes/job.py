@@ -83,14 +83,33 @@ def check_config(config):
             "dataset.corrupt_images=skip counts what it skips in the rank's "
             "own process, where a dataset.service does not decode; use stop"
         )
+    for key in ("dataset.image_size", "dataset.threads"):
+        if _value(config, key) is not None and _value(config, key) < 1:
+            raise JobError(
+                f"{key} must be 1 or more, or None, but is "
+                f"{_value(config, key)}"
+            )
+    if config.keep_best_checkpoints < 0:
+        raise JobError(
+            "keep_best_checkpoints must be 0 or more, but is "
+            f"{config.keep_best_checkpoints}"
+        )
     if config.stop_at_target and config.target_top1 is None:
         raise JobError("stop_at_target needs target_top1, in percent")
+    if config.target_top1 is not None and not 1 <= config.target_top1 <= 100:
+        raise JobError(
+            "target_top1 must be from 1 to 100, in percent, but is "
+            f"{config.target_top1}"
+        )
 
 
 def _value(config, key):
     for part in key.split("."):
         if part not in config:
-            raise JobError(f"the config has no {key}; configs/demo.py has")
+            raise JobError(
+                f"the config has no {key}; see configs/_defaults.py and "
+                "configs/demo.py"
+            )
         config = config[part]
     return config
 

@@ -73,12 +73,14 @@ class _AppendToFile(logging.Handler):
 
 def _settings(config, job):
     lars, schedule = config.optimizer, config.schedule
+    synchronized = config.model.get("batch_norm") == "synchronized"
+    ranks_of_a_norm = job.ranks if synchronized else 1
     return (
         (constants.SUBMISSION_BENCHMARK, config.model.name),
         (constants.SEED, config.seed),
         (constants.GLOBAL_BATCH_SIZE, job.global_batch_size),
         (constants.GRADIENT_ACCUMULATION_STEPS, job.accumulation_steps),
-        (constants.MODEL_BN_SPAN, job.micro_batch_size),
+        (constants.MODEL_BN_SPAN, job.micro_batch_size * ranks_of_a_norm),
         (constants.TRAIN_SAMPLES, config.dataset.train_examples),
         (constants.EVAL_SAMPLES, config.dataset.test_examples),
         (

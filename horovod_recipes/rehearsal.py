@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-BATCH = 16
+BATCH_PER_RANK = 8
 MICRO_BATCH = 4
 TEST_IMAGES = 32
 TRAIN_IMAGES_PER_CLASS = 2
@@ -20,21 +20,24 @@ TRAIN_IMAGES_PER_CLASS = 2
 IMAGE_SIZE = 67
 
 
-def make_small(config, data_dir):
+def make_small(config, data_dir, ranks):
     """Changes a recipe's config, in place, to one that CPUs can run.
 
-    The network, its optimizer and the shape of its schedule stay; the rate is
-    scaled to the small batch, linearly.
+    The network and its optimizer stay; the schedule is 2 epochs, one of them
+    to warm up if there was a warm-up, with the rate scaled to the small batch,
+    linearly. The dataset, whatever it was, is what `write_dataset` writes.
 
     Args:
         config: The recipe's `ConfigDict`.
         data_dir: String, where `write_dataset` writes to.
+        ranks: Integer, 7 at most: each takes 8 of the images at once.
     """
     classes = validation_classes()[:TEST_IMAGES]
-    config.schedule.peak_learning_rate *= BATCH / config.global_batch_size
-    config.schedule.warmup_epochs = 1
+    batch = BATCH_PER_RANK * ranks
+    config.schedule.peak_learning_rate *= batch / config.global_batch_size
+    config.schedule.warmup_epochs = min(1, config.schedule.warmup_epochs)
     config.update(
-        global_batch_size=BATCH,
+        global_batch_size=batch,
         max_micro_batch_size=MICRO_BATCH,
         epochs=2,
         evaluate_every_epochs=1,

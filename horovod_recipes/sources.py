@@ -160,7 +160,7 @@ class FolderSource:
     """Images in `folder/SPLIT/CLASS/NAME.jpg`, classes in the order of names.
 
     Args:
-        folder: String. The classes are the folders of its first split.
+        folder: String. The classes are the class folders of all its splits.
     """
 
     name = "folder"

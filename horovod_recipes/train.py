@@ -64,7 +64,8 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
             that is finished; `"overwrite"`, to delete the run first.
 
     Returns:
-        The contents of `summary.json`, a dict, on every rank.
+        A dict, on rank 0 the contents of `summary.json`; on the others, times
+        are their own.
 
     Raises:
         StoppedBySigterm: On every rank, after a SIGTERM to any of them, with a
@@ -96,6 +97,12 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
     )
     if summary is not None:
         return summary
+    if steps_done:
+        # Rank 0 alone has restored, and so built, its optimizer.
+        model.optimizer.build(model.trainable_variables)
+        hvd.broadcast_variables(
+            model.weights + model.optimizer.variables, root_rank=0
+        )
 
     throughput = training_callbacks.Throughput(job.global_batch_size)
     target = training_callbacks.TargetTop1(
@@ -104,13 +111,16 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
     corrupt_images = input_pipeline.CorruptImages(config.dataset.corrupt_images)
     evaluation = evaluation_dataset(config, job, source, corrupt_images)
     reports = []
-    if hvd.rank() == 0:
-        print(settings_line(config, config_name, job, steps_done), flush=True)
-        mlperf_log = MLPerfLog(workdir, config, job)
-        reports = [
-            mlperf_log,
-            *reporting_callbacks(config, job, schedule, workdir, throughput),
-        ]
+    with raised_on_every_rank():
+        if hvd.rank() == 0:
+            print(settings_line(config, config_name, job, steps_done))
+            mlperf_log = MLPerfLog(workdir, config, job)
+            reports = [
+                mlperf_log,
+                *reporting_callbacks(
+                    config, job, schedule, workdir, throughput
+                ),
+            ]
     try:
         with training_callbacks.sigterm_noted() as asked:
             callbacks = [
@@ -136,16 +146,16 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
                     asked,
                 ),
             ]
-            top1, epochs = None, job.epochs
+            top1, epochs = None, steps_done // job.steps_per_epoch
             for part in parts_of_job(job, steps_done):
+                if target.is_end():
+                    break
                 training = training_dataset(
                     config, job, source, part, corrupt_images
                 )
                 top1, epochs = fit(
                     model, config, job, part, training, evaluation, callbacks
                 )
-                if model.stop_training:
-                    break
         if top1 is None:
             top1 = hvd.evaluate(model, evaluation, verbose=0)["top1"]
         skipped = hvd.allgather_object(corrupt_images.names)
@@ -158,6 +168,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         "steps": epochs * job.steps_per_epoch,
         "epochs": epochs,
         "top1": round(100 * top1, 3),
+        "expected_top1": config.expected_top1,
         "images_per_second": throughput.images_per_second(),
         **target.measured(),
         "corrupt_images_skipped": len(set().union(*skipped)),
@@ -394,7 +405,7 @@ def main(argv):
             mode = run_mode()
             if FLAGS.rehearse:
                 images = FLAGS.workdir.rstrip("/") + "-images"
-                rehearsal.make_small(FLAGS.config, images)
+                rehearsal.make_small(FLAGS.config, images, hvd.size())
                 config_name += " --rehearse"
         with raised_on_every_rank():
             if FLAGS.rehearse and hvd.rank() == 0:

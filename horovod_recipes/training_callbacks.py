@@ -43,7 +43,7 @@ class StoppedBySigterm(Exception):
 class StopOnSigterm(keras.callbacks.Callback):
     """Saves and ends training on all ranks at one step, after a SIGTERM to any.
 
-    The last step of an epoch is left to end as usual, with its evaluation.
+    After the last step of an epoch, its evaluation comes first. List it last.
 
     Args:
         workdir: `pathlib.Path`.
@@ -71,25 +71,29 @@ class StopOnSigterm(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._steps_done += 1
+        within_epoch = self._steps_done % self._steps_per_epoch
+        if within_epoch and self._any_rank_asked():
+            average_variables(self.model.non_trainable_weights)
+            sums = sum_over_ranks(_metrics(self))
+            self._stop({"metric_sums": [s.numpy().tolist() for s in sums]})
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._any_rank_asked():
+            self._stop({})
+
+    def _any_rank_asked(self):
         # The signal may reach one rank alone, or the ranks at different steps.
-        asked = hvd.allreduce(
-            tf.constant(float(self._asked.is_set())),
-            op=hvd.Sum,
-            name="stop_on_sigterm",
-        )
-        if not asked or self._steps_done % self._steps_per_epoch == 0:
-            return
-        average_variables(self.model.non_trainable_weights)
-        sums = [
-            total.numpy().tolist() for total in sum_over_ranks(_metrics(self))
-        ]
+        asked = tf.constant(float(self._asked.is_set()))
+        return hvd.allreduce(asked, op=hvd.Sum, name="stop_on_sigterm") > 0
+
+    def _stop(self, metrics):
         with raised_on_every_rank():
             if hvd.rank() == 0:
                 checkpoints.save(
                     self._workdir,
                     self.model,
                     self._steps_done,
-                    {**self._target.measured(), "metric_sums": sums},
+                    self._target.measured() | metrics,
                     self._keep,
                 )
         raise StoppedBySigterm(self._steps_done)
@@ -138,21 +142,32 @@ class TargetTop1(keras.callbacks.Callback):
         self._target = target
         self._stop = stop
         self._begin = time.time() - measured.get("seconds", 0.0)
-        self._reached = {
-            key: measured[key]
-            for key in ("epochs_to_target", "seconds_to_target")
-            if key in measured
-        }
+        self._reached = {}
+        # A resumed job may have been given another target.
+        if target is not None and measured.get("target_top1") == target:
+            self._reached = {
+                key: measured[key]
+                for key in (
+                    "target_top1",
+                    "epochs_to_target",
+                    "seconds_to_target",
+                )
+            }
 
     def on_epoch_end(self, epoch, logs=None):
         if self._target is None or self._reached or "val_top1" not in logs:
             return
         if 100 * logs["val_top1"] >= self._target:
             self._reached = {
+                "target_top1": self._target,
                 "epochs_to_target": epoch + 1,
                 "seconds_to_target": self._seconds(),
             }
             self.model.stop_training = self._stop
+
+    def is_end(self):
+        """Whether the job has reached its target, and is to end there."""
+        return self._stop and bool(self._reached)
 
     def measured(self):
         """Returns the job's seconds so far, and those to the target."""
@@ -258,7 +273,7 @@ class StopOnNonFinite(keras.callbacks.Callback):
 class Throughput(keras.callbacks.Callback):
     """Measures images per second over all ranks, evaluation left out.
 
-    The first step of a job, which compiles, does not count.
+    The first step of a call of `fit`, which compiles, does not count.
     """
 
     def __init__(self, global_batch_size):
@@ -266,19 +281,23 @@ class Throughput(keras.callbacks.Callback):
         self._global_batch_size = global_batch_size
         self._seconds = []
 
+    def on_train_begin(self, logs=None):
+        self._compiles = True
+
     def on_train_batch_begin(self, batch, logs=None):
         self._begin = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        self._seconds.append(time.perf_counter() - self._begin)
+        if not self._compiles:
+            self._seconds.append(time.perf_counter() - self._begin)
+        self._compiles = False
 
     def images_per_second(self):
-        """Returns the mean so far; None before the first step."""
+        """Returns the mean so far; None before the second step."""
         if not self._seconds:
             return None
-        counted = self._seconds[1:] or self._seconds
-        images = self._global_batch_size * len(counted)
-        return round(images / sum(counted), 1)
+        images = self._global_batch_size * len(self._seconds)
+        return round(images / sum(self._seconds), 1)
 
 
 class MetricsTable(keras.callbacks.Callback):

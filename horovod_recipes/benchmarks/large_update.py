@@ -27,7 +27,7 @@ from horovod_recipes.keras.variables import sum_over_ranks
 # Of its own, because tests import all benchmarks into one process.
 FLAGS = flags.FlagValues()
 _IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", 32, "Pixels.", flag_values=FLAGS
+    "image_size", 16, "Pixels.", flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -108,6 +108,7 @@ def update_of_job(config, image_size):
             hvd.callbacks.AverageNonTrainableWeights(),
             calls,
         ],
+        shuffle=False,
         verbose=0,
     )
     return {

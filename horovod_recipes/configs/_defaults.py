@@ -1,4 +1,8 @@
-"""Every key of a recipe, with what most recipes have; not one itself."""
+"""The keys of a recipe, with what most recipes have; not one itself.
+
+A recipe adds model, optimizer, global_batch_size, epochs, and what is not here
+of the dataset and the schedule.
+"""
 
 from ml_collections import config_dict
 
@@ -45,6 +49,7 @@ def get_config():
     # In percent: summary.json says when it was reached; None for no target.
     config.target_top1 = config_dict.placeholder(float)
     config.stop_at_target = False
-    # In percent, of the source that the recipe names; None if there is none.
+    # In percent, of the source that the recipe names, for summary.json; None if
+    # there is none.
     config.expected_top1 = config_dict.placeholder(float)
     return config

@@ -34,7 +34,13 @@ def main():
             f"error: {arguments.name} needs the package {error.name}; install "
             f"it with: pip install {error.name}"
         )
-    except (tarfile.ReadError, tf.errors.NotFoundError, OSError) as error:
+    except (
+        AssertionError,  # TFDS's, where there is no folder of archives
+        tarfile.ReadError,
+        tf.errors.NotFoundError,
+        tf.errors.OutOfRangeError,
+        OSError,
+    ) as error:
         sys.exit(
             f"error: cannot prepare {arguments.name}: {one_line(error)}; is an "
             f"archive in {builder.data_path.parents[1]}/downloads/manual "

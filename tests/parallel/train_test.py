@@ -227,7 +227,11 @@ def test_sigterm_to_one_rank_saves_and_stops_all(shared_folder, monkeypatch):
             *([float(r[name]) for r in table(w)] for w in (whole, parts)),
             rtol=1e-6,
         )
-    states = [saved_state(workdir) for workdir in (whole, parts)]
+    models = [saved_model(workdir) for workdir in (whole, parts)]
+    states = [
+        {v.path: v.numpy() for v in model.weights + model.optimizer.variables}
+        for model in models
+    ]
     for path in states[0]:
         is_statistic = "moving" in path
         np.testing.assert_allclose(
@@ -238,22 +242,24 @@ def test_sigterm_to_one_rank_saves_and_stops_all(shared_folder, monkeypatch):
         )
 
 
-def saved_state(workdir):
+def saved_model(workdir):
     path = workdir / "checkpoints" / "step-00000009.keras"
-    model = keras.saving.load_model(path)
-    variables = model.weights + model.optimizer.variables
-    return {v.path: v.numpy() for v in variables}
+    return keras.saving.load_model(path)
 
 
-def test_sigterm_at_the_last_step_of_an_epoch_is_kept_for_the_next(
-    shared_folder, monkeypatch
-):
-    send_sigterm_to_rank_1(monkeypatch, step=3)
-    with pytest.raises(StoppedBySigterm) as stop:
-        job(shared_folder / "run")
-    assert stop.value.steps_done == 4
-    (row,) = table(shared_folder / "run")
-    assert row["test_loss"] == "" or float(row["test_loss"]) > 0
+def test_sigterm_at_the_last_step_of_an_epoch(shared_folder, monkeypatch):
+    """The epoch ends as usual, with its evaluation; then the job stops."""
+    workdir = shared_folder / "run"
+    changes = {"global_batch_size": 4000, "evaluate_every_epochs": 1}
+    with monkeypatch.context() as patch:
+        send_sigterm_to_rank_1(patch, step=1)
+        with pytest.raises(StoppedBySigterm) as stop:
+            job(workdir, **changes)
+    assert stop.value.steps_done == 1
+    (row,) = table(workdir)
+    assert float(row["test_loss"]) > 0
+    assert job(workdir, "resume", **changes)["steps"] == 3
+    assert [row["epoch"] for row in table(workdir)] == ["1", "2", "3"]
 
 
 def test_full_disk_keeps_the_older_checkpoints(shared_folder, monkeypatch):
@@ -299,6 +305,20 @@ def test_job_stops_at_its_target(shared_folder):
     assert [row["epoch"] for row in table(workdir)] == ["1"]
     names = [path.name for path in (workdir / "checkpoints").glob("*.keras")]
     assert names == ["step-00000003.keras"]
+    # Nor does it train on when it is resumed without a summary.
+    hvd.allgather_object(None)
+    if hvd.rank() == 0:
+        (workdir / "summary.json").unlink()
+    hvd.allgather_object(None)
+    resumed = job(
+        workdir,
+        "resume",
+        evaluate_every_epochs=1,
+        target_top1=1.0,
+        stop_at_target=True,
+    )
+    for key in ("epochs", "steps", "top1", "seconds_to_target"):
+        assert resumed[key] == summary[key] or key == "seconds_to_target"
 
 
 def test_best_checkpoints_target_and_mlperf_log(shared_folder):
@@ -312,7 +332,7 @@ def test_best_checkpoints_target_and_mlperf_log(shared_folder):
     top1 = [float(row["test_top1_percent"]) for row in table(workdir)]
     best = sorted(zip(top1, (3, 6, 9), strict=True))[-2:]
     names = sorted(path.name for path in (workdir / "best").iterdir())
-    assert names == [f"top1-{t:06.3f}-step-{s:08d}.keras" for t, s in best]
+    assert names == [f"top1-{t:07.3f}-step-{s:08d}.keras" for t, s in best]
     model = keras.saving.load_model(workdir / "best" / names[-1])
     assert int(model.optimizer.iterations) == best[-1][1]
 
@@ -342,12 +362,14 @@ def test_best_checkpoints_target_and_mlperf_log(shared_folder):
 
 
 def test_mixed_precision(shared_folder):
-    summary = job(shared_folder / "run", precision="mixed_float16")
-    assert summary["steps"] == 9
-    path = shared_folder / "run" / "checkpoints" / "step-00000009.keras"
+    # CPUs take long for float16: one epoch of 3 steps.
+    changes = {"epochs": 1, "schedule.warmup_epochs": 0}
+    job(shared_folder / "run", precision="mixed_float16", **changes)
+    path = shared_folder / "run" / "checkpoints" / "step-00000003.keras"
     model = keras.saving.load_model(path)
     assert model.get_layer("conv2").compute_dtype == "float16"
     assert model.output.dtype == "float32"
+    assert int(model.optimizer.inner_optimizer.iterations) == 3
 
 
 def test_resuming_a_finished_run_trains_no_more(shared_folder):
@@ -356,6 +378,12 @@ def test_resuming_a_finished_run_trains_no_more(shared_folder):
     before = final_weights(workdir)
     again = job(workdir, mode="resume")
     assert again == hvd.broadcast_object(summary, root_rank=0)
+    # As if it was killed between its last checkpoint and its summary.
+    hvd.allgather_object(None)
+    if hvd.rank() == 0:
+        (workdir / "summary.json").unlink()
+    hvd.allgather_object(None)
+    assert job(workdir, mode="resume")["top1"] == summary["top1"]
     assert len(table(workdir)) == 3
     for a, b in zip(before, final_weights(workdir), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -448,6 +476,9 @@ def test_weights_of_the_ranks_are_bit_equal(shared_folder, monkeypatch):
         ({"precision": "float8"}, "precision must be one of float32, mixed_"),
         ({"label_smoothing": 1.0}, "label_smoothing must be 0 or more and bel"),
         ({"stop_at_target": True}, "stop_at_target needs target_top1"),
+        ({"target_top1": 0.759}, "target_top1 must be from 1 to 100, in per"),
+        ({"keep_best_checkpoints": -1}, "keep_best_checkpoints must be 0 or"),
+        ({"dataset.threads": -3}, "dataset.threads must be 1 or more, or No"),
         (
             {"dataset.service": "grpc://a:1", "dataset.corrupt_images": "skip"},
             "corrupt_images=skip counts .* use stop",

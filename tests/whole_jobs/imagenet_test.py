@@ -14,9 +14,12 @@ import pytest
 import tensorflow as tf
 
 import keras_lars  # noqa: F401  to load its optimizer
+from horovod_recipes import input_pipeline
 from horovod_recipes import models  # noqa: F401  to load AlexNet
 from horovod_recipes import photos
 from horovod_recipes import rehearsal
+from horovod_recipes.configs import resnet50
+from horovod_recipes.sources import load_source
 from tests.jobs import HOROVODRUN
 from tests.jobs import TRAIN
 from tests.jobs import error_lines
@@ -124,10 +127,22 @@ def test_from_tars_to_top1(
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    # The checkpoint, in one process, has the top-1 of the summary.
+    # The checkpoint, on the whole test split, has the top-1 of the summary.
     path = workdir / "checkpoints" / f"step-{steps:08d}.keras"
     model = keras.saving.load_model(path)
-    assert model.count_params() > 100_000
+    dataset = resnet50.get_config().dataset
+    dataset.image_size = image_size
+    batches = input_pipeline.evaluation_batches(
+        load_source("imagenet2012", str(data_dir)),
+        dataset,
+        rank=0,
+        ranks=1,
+        batch_size=5,
+        threads=2,
+        corrupt_images=input_pipeline.CorruptImages("stop"),
+    ).map(lambda images, labels: (images, tf.one_hot(labels, 1000)))
+    results = model.evaluate(batches, verbose=0, return_dict=True)
+    assert 100 * results["top1"] == pytest.approx(summary["top1"])
     assert len(list((workdir / "best").iterdir())) == 1
 
 
