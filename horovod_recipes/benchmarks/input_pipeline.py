@@ -87,8 +87,12 @@ def decoders(jpegs):
 def tfds_pipeline(data_dir):
     """Returns what a user of TFDS writes: decode, resize, batch."""
     builder = tfds.builder("imagenet2012", data_dir=data_dir)
-    dataset = builder.as_dataset(split="train", as_supervised=True).repeat()
-    return dataset.map(
+    # Small sets it would keep in memory, decoded.
+    read_config = tfds.ReadConfig(try_autocache=False)
+    dataset = builder.as_dataset(
+        split="train", as_supervised=True, read_config=read_config
+    )
+    return dataset.repeat().map(
         lambda image, label: (tf.image.resize(image, SHAPE[:2]), label)
     )
 
