@@ -26,6 +26,8 @@ from tests.jobs import error_lines
 from tests.jobs import run
 from tests.jobs import run_until_sigterm
 
+pytestmark = pytest.mark.filterwarnings("ignore:Your input ran out of data")
+
 CROPS = 8
 # Of the validation images, whose labels are by their place.
 LABELS = rehearsal.validation_classes()[:20]
