@@ -6,6 +6,16 @@ on one core, with 20 photos of ImageNet of 512 x 512 pixels, in TFRecords that
 TFDS's imagenet2012 wrote. Time is the processor's, which other processes
 disturb less than the clock. It also measures this process's memory over an
 epoch.
+
+What was tried, by scripts that are not kept, of about 3,400 us an image where
+the decoder takes 2,500: to flip by tf.reverse and not by a slice with a step
+of -1, 600 us less; to resize from float32 and not from uint8, faster by more
+than the cast; one test for JPEGs an image in place of three, and no threads
+inside operations, small gains. No gain: the decoder's INTEGER_FAST and
+fancy_upscaling=False. Worse: to crop, resize and flip in one
+ImageProjectiveTransformV3, 1,600 us more. Not taken yet: to parse, number and
+check images in groups of 32, and decode them in a dataset a group, which came
+to 0.885 of the limit (quartiles 0.85 to 0.92).
 """
 
 import os
