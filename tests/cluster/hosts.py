@@ -1,0 +1,187 @@
+"""Hosts on one machine: network namespaces with addresses and sshd.
+
+Each host has one link, `eth0`, to a switch: a bridge in a namespace of its own,
+so that no packet leaves the cluster. Files and processes are the machine's.
+Needs root, Linux, `ip` of iproute2 and `sshd` of openssh-server.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+PREFIX = "horovod-test-"
+ETC = pathlib.Path("/etc/netns")
+
+
+class Cluster:
+    """Hosts `h1`, `h2`, ... until `remove`.
+
+    Args:
+        size: Integer, the number of hosts.
+    """
+
+    def __init__(self, size):
+        remove_stale()
+        self.hosts = [f"h{n}" for n in range(1, size + 1)]
+        self._folder = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._sshd = []
+        try:
+            self._create_keys()
+            self._create_switch()
+            for number, host in enumerate(self.hosts, start=1):
+                self._create_host(host, number)
+            for host in self.hosts:
+                self._start_sshd(host)
+        except BaseException:
+            self.remove()
+            raise
+
+    def popen(self, host, *command, **kwargs):
+        """Starts a command on a host; as `subprocess.Popen`."""
+        name = self.namespace(host)
+        return subprocess.Popen(["ip", "netns", "exec", name, *command], **kwargs)
+
+    def run(self, host, *command, seconds=60):
+        """Runs a command on a host to its end; returns its output."""
+        name = self.namespace(host)
+        return subprocess.run(
+            ["ip", "netns", "exec", name, *command],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        ).stdout
+
+    def cut(self, host):
+        """Pulls the cable of a host at the switch."""
+        _ip("-n", self.namespace("switch"), "link", "set", host, "down")
+
+    def mend(self, host):
+        _ip("-n", self.namespace("switch"), "link", "set", host, "up")
+
+    def pids(self, host):
+        """Returns the processes of a host, `sshd` itself left out."""
+        output = _ip("netns", "pids", self.namespace(host))
+        servers = {server.pid for server in self._sshd}
+        return sorted({int(pid) for pid in output.split()} - servers)
+
+    def namespace(self, host):
+        return f"{PREFIX}{os.getpid()}-{host}"
+
+    def remove(self):
+        """Ends all processes of the hosts, and removes the hosts."""
+        for name in namespaces():
+            if name.startswith(f"{PREFIX}{os.getpid()}-"):
+                remove_namespace(name)
+        for server in self._sshd:
+            server.wait()
+        shutil.rmtree(self._folder)
+
+    def _create_keys(self):
+        for name in ("host", "user"):
+            path = str(self._folder / name)
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path)
+
+    def _create_switch(self):
+        name = self.namespace("switch")
+        _ip("netns", "add", name)
+        _ip("-n", name, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", name, "link", "set", "bridge", "up")
+
+    def _create_host(self, host, number):
+        name, switch = self.namespace(host), self.namespace("switch")
+        _ip("netns", "add", name)
+        cable = ("eth0", "netns", name, "type", "veth", "peer", "name", host)
+        _ip("link", "add", *cable, "netns", switch)
+        _ip("-n", switch, "link", "set", host, "master", "bridge", "up")
+        _ip("-n", name, "address", "add", f"{_address(number)}/24", "dev", "eth0")
+        for link in ("lo", "eth0"):
+            _ip("-n", name, "link", "set", link, "up")
+        self._write_etc(host, number)
+
+    def _write_etc(self, host, number):
+        """Writes what a host sees in /etc in place of the machine's files."""
+        etc = ETC / self.namespace(host)
+        (etc / "ssh").mkdir(parents=True)
+        names = [
+            f"{_address(n)} {other}" for n, other in enumerate(self.hosts, 1)
+        ]
+        # Gloo looks up the machine's own name, and must not find loopback.
+        names += [f"{_address(number)} {socket.gethostname()}"]
+        (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
+        (etc / "ssh" / "ssh_config").write_text(
+            f"IdentityFile {self._folder}/user\n"
+            "UserKnownHostsFile /dev/null\n"
+            "LogLevel ERROR\n"
+        )
+        (etc / "ssh" / "sshd_config").write_text(
+            f"ListenAddress {_address(number)}\n"
+            f"HostKey {self._folder}/host\n"
+            f"AuthorizedKeysFile {self._folder}/user.pub\n"
+            f"PidFile none\n"
+            "PermitRootLogin prohibit-password\n"
+            "StrictModes no\n"
+        )
+
+    def _start_sshd(self, host):
+        pathlib.Path("/run/sshd").mkdir(exist_ok=True)
+        log = (self._folder / f"{host}.log").open("w")
+        with log:
+            self._sshd.append(
+                self.popen(host, shutil.which("sshd"), "-D", "-e", stderr=log)
+            )
+        number = self.hosts.index(host) + 1
+        end = time.monotonic() + 20
+        while self._sshd[-1].poll() is None and time.monotonic() < end:
+            try:
+                self.run(host, "bash", "-c", f"< /dev/tcp/{_address(number)}/22")
+                return
+            except subprocess.CalledProcessError:
+                time.sleep(0.1)
+        raise RuntimeError(f"no sshd on {host}: {pathlib.Path(log.name).read_text()}")
+
+
+def remove_stale():
+    """Removes what runs left behind that were killed before they could."""
+    for name in namespaces():
+        pid = name.removeprefix(PREFIX).partition("-")[0]
+        if name.startswith(PREFIX) and not pathlib.Path(f"/proc/{pid}").exists():
+            remove_namespace(name)
+
+
+def namespaces():
+    lines = _ip("netns", "list").splitlines()
+    return [line.split()[0] for line in lines]
+
+
+def remove_namespace(name):
+    """Kills the processes of a namespace, and removes it."""
+    while pids := _ip("netns", "pids", name).split():
+        for pid in pids:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.1)
+    _ip("netns", "delete", name)
+    shutil.rmtree(ETC / name, ignore_errors=True)
+
+
+def _address(number):
+    return f"10.77.0.{number}"
+
+
+def _ip(*arguments):
+    return _run("ip", *arguments)
+
+
+def _run(*command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
+    return result.stdout
