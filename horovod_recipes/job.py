@@ -20,6 +20,7 @@ COUNTS = (
     "checkpoint_every_epochs",
     "keep_checkpoints",
     "log_trust_ratios_every_steps",
+    "hang_seconds",
 )
 KEYS = COUNTS + (
     "model.name",

@@ -46,6 +46,9 @@ def get_config():
     config.keep_checkpoints = 2
     config.keep_best_checkpoints = 1
     config.log_trust_ratios_every_steps = 100
+    # Without progress for so long, as from one batch to the next, a rank ends
+    # the job and names the rank that hangs. More than the first step takes.
+    config.hang_seconds = 600
     # In percent: summary.json says when it was reached; None for no target.
     config.target_top1 = config_dict.placeholder(float)
     config.stop_at_target = False

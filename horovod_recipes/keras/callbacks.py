@@ -9,6 +9,14 @@ from horovod_recipes.keras.evaluation import global_results
 from horovod_recipes.keras.optimizer import is_distributed
 from horovod_recipes.keras.variables import average_variables
 from horovod_recipes.keras.variables import broadcast_variables
+from horovod_recipes.keras.watchdog import Watchdog
+
+__all__ = [
+    "AverageNonTrainableWeights",
+    "BroadcastGlobalVariablesCallback",
+    "ExactMetrics",
+    "Watchdog",
+]
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):

@@ -8,6 +8,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras import watchdog
+
 
 def DistributedOptimizer(
     optimizer,
@@ -182,13 +184,15 @@ def _allreduce(grads, name, compression, op, process_set):
     sent = [
         tf.cast(g, tf.float32) if g.dtype == tf.bfloat16 else g for g in dense
     ]
-    received = hvd.grouped_allreduce(
-        sent,
-        op=op,
-        compression=compression,
-        name=name,
-        process_set=process_set,
-    )
+    received = watchdog.noted(
+        lambda tensors: hvd.grouped_allreduce(
+            tensors,
+            op=op,
+            compression=compression,
+            name=name,
+            process_set=process_set,
+        )
+    )(sent)
     reduced = list(grads)
     for i, before, after in zip(present, dense, received, strict=True):
         reduced[i] = tf.cast(after, before.dtype)

@@ -44,7 +44,9 @@ class Cluster:
     def popen(self, host, *command, **kwargs):
         """Starts a command on a host; as `subprocess.Popen`."""
         name = self.namespace(host)
-        return subprocess.Popen(["ip", "netns", "exec", name, *command], **kwargs)
+        return subprocess.Popen(
+            ["ip", "netns", "exec", name, *command], **kwargs
+        )
 
     def run(self, host, *command, seconds=60):
         """Runs a command on a host to its end; returns its output."""
@@ -99,7 +101,15 @@ class Cluster:
         cable = ("eth0", "netns", name, "type", "veth", "peer", "name", host)
         _ip("link", "add", *cable, "netns", switch)
         _ip("-n", switch, "link", "set", host, "master", "bridge", "up")
-        _ip("-n", name, "address", "add", f"{_address(number)}/24", "dev", "eth0")
+        _ip(
+            "-n",
+            name,
+            "address",
+            "add",
+            f"{_address(number)}/24",
+            "dev",
+            "eth0",
+        )
         for link in ("lo", "eth0"):
             _ip("-n", name, "link", "set", link, "up")
         self._write_etc(host, number)
@@ -113,7 +123,9 @@ class Cluster:
         ]
         # Gloo looks up the machine's own name, and must not find loopback.
         names += [f"{_address(number)} {socket.gethostname()}"]
-        (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
+        (etc / "hosts").write_text(
+            "\n".join(["127.0.0.1 localhost", *names, ""])
+        )
         (etc / "ssh" / "ssh_config").write_text(
             f"IdentityFile {self._folder}/user\n"
             "UserKnownHostsFile /dev/null\n"
@@ -139,18 +151,25 @@ class Cluster:
         end = time.monotonic() + 20
         while self._sshd[-1].poll() is None and time.monotonic() < end:
             try:
-                self.run(host, "bash", "-c", f"< /dev/tcp/{_address(number)}/22")
+                self.run(
+                    host, "bash", "-c", f"< /dev/tcp/{_address(number)}/22"
+                )
                 return
             except subprocess.CalledProcessError:
                 time.sleep(0.1)
-        raise RuntimeError(f"no sshd on {host}: {pathlib.Path(log.name).read_text()}")
+        raise RuntimeError(
+            f"no sshd on {host}: {pathlib.Path(log.name).read_text()}"
+        )
 
 
 def remove_stale():
     """Removes what runs left behind that were killed before they could."""
     for name in namespaces():
         pid = name.removeprefix(PREFIX).partition("-")[0]
-        if name.startswith(PREFIX) and not pathlib.Path(f"/proc/{pid}").exists():
+        if (
+            name.startswith(PREFIX)
+            and not pathlib.Path(f"/proc/{pid}").exists()
+        ):
             remove_namespace(name)
 
 
