@@ -11,6 +11,7 @@ docs/elastic.md for the script, and for what becomes of a host that fails.
 import argparse
 import hashlib
 import json
+import time
 
 import keras
 import numpy as np
@@ -54,7 +55,7 @@ def create_model(image_shape, steps, warmup_steps):
 
 
 @hvd.elastic.run
-def train(state, images, labels, epochs, batches_per_commit):
+def train(state, images, labels, arguments):
     """Trains what is left to do, on the ranks that there are now."""
     log("start", ranks=hvd.size(), epoch=state.epoch, batch=state.batch)
     dataset = tf.data.Dataset.from_generator(
@@ -68,7 +69,7 @@ def train(state, images, labels, epochs, batches_per_commit):
         dataset.prefetch(2),
         steps_per_epoch=state.sampler.steps_per_epoch,
         initial_epoch=state.epoch,
-        epochs=epochs,
+        epochs=arguments.epochs,
         shuffle=False,
         verbose=0,
         callbacks=[
@@ -77,8 +78,10 @@ def train(state, images, labels, epochs, batches_per_commit):
             hvd.callbacks.ExactMetrics(),
             hvd.elastic.UpdateBatchStateCallback(state),
             hvd.elastic.UpdateEpochStateCallback(state),
-            Log(state),
-            hvd.elastic.CommitStateCallback(state, batches_per_commit),
+            Log(state, arguments.pause),
+            hvd.elastic.CommitStateCallback(
+                state, arguments.batches_per_commit
+            ),
         ],
     )
 
@@ -86,12 +89,14 @@ def train(state, images, labels, epochs, batches_per_commit):
 class Log(keras.callbacks.Callback):
     """Prints what has been done; all ranks compare their weights."""
 
-    def __init__(self, state):
+    def __init__(self, state, pause):
         super().__init__()
         self.state = state
+        self.pause = pause
 
     def on_train_batch_end(self, batch, logs=None):
         log("batch", epoch=self.state.epoch, batch=self.state.batch)
+        time.sleep(self.pause)
 
     def on_epoch_end(self, epoch, logs=None):
         digests = hvd.allgather_object(digest(self.model.get_weights()))
@@ -119,6 +124,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--global_batch_size", type=int, default=500)
     parser.add_argument("--batches_per_commit", type=int, default=1)
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds after each batch"
+    )
     arguments = parser.parse_args()
     tf.get_logger().setLevel("ERROR")
     logging.set_verbosity(logging.ERROR)
