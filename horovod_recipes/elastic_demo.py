@@ -138,7 +138,7 @@ def main():
     steps = arguments.epochs * sampler.steps_per_epoch
     model = create_model(images.shape[1:], steps, warmup_steps=steps // 4)
     state = hvd.elastic.KerasState(model, batch=0, epoch=0, sampler=sampler)
-    train(state, images, labels, arguments.epochs, arguments.batches_per_commit)
+    train(state, images, labels, arguments)
     mine = slice(hvd.rank(), None, hvd.size())
     images, labels = load_digits("test")
     results = hvd.evaluate(model, images[mine], labels[mine], verbose=0)
