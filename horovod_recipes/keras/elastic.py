@@ -102,9 +102,16 @@ class KerasState(ObjectState):
 
     Example:
 
-    ```python
-    state = hvd.elastic.KerasState(model, batch=0, epoch=0)
-    ```
+    >>> import keras
+    >>> import horovod_recipes.keras as hvd
+    >>> hvd.init()
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD()), "mse")
+    >>> state = hvd.elastic.KerasState(model, batch=0, epoch=0)
+    >>> state.epoch = 3
+    >>> state.restore()
+    >>> state.epoch
+    0
 
     Args:
         model: A built `keras.Model`.
@@ -256,6 +263,19 @@ class ElasticSampler:
 
     Where the ranks do not divide a batch, their shares differ by one example;
     as each rank's mean counts alike, so do the weights of examples.
+
+    Example:
+
+    >>> import horovod_recipes.keras as hvd
+    >>> hvd.init()
+    >>> sampler = hvd.elastic.ElasticSampler(10, 4, shuffle=False)
+    >>> batches = sampler.batches()
+    >>> [next(batches).tolist() for _ in range(sampler.steps_per_epoch)]
+    [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    >>> sampler.record_batch()
+    >>> sampler.add_up()
+    >>> sampler.report()
+    {'epoch': 0, 'used_once': 4, 'never_used': 6, 'used_again': 0}
 
     Args:
         num_examples: Integer, of an epoch.

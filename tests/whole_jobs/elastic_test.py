@@ -40,23 +40,21 @@ def run_and_disturb(command, when, disturb, seconds=500):
     Returns:
         The exit status, and the lines of JSON.
     """
-    job = subprocess.Popen(
-        ["timeout", "--kill-after=10", str(seconds), *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    limited = ["timeout", "--kill-after=10", str(seconds), *command]
     events = []
-    for line in job.stdout:
-        _, found, values = line.partition("<stdout>:{")
-        if not found:
-            continue
-        events.append(json.loads("{" + values))
-        if when and when.items() <= events[-1].items():
-            disturb(job)
-            when = None
+    with subprocess.Popen(
+        limited, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as job:
+        for line in job.stdout:
+            _, found, values = line.partition("<stdout>:{")
+            if not found:
+                continue
+            events.append(json.loads("{" + values))
+            if when and when.items() <= events[-1].items():
+                disturb(job)
+                when = None
     assert when is None, f"there was no line with {when}"
-    return job.wait(), events
+    return job.returncode, events
 
 
 def kill_worker(host):
