@@ -128,8 +128,10 @@ def _train_and_evaluate(config, config_name, workdir, mode, watchdog):
                     config, job, schedule, workdir, throughput
                 ),
             ]
-    try:
-        with training_callbacks.sigterm_noted() as asked:
+    # horovodrun sends a SIGTERM when another rank has ended; there must be time
+    # to find out which.
+    with training_callbacks.sigterm_noted() as asked:
+        try:
             callbacks = [
                 watchdog,
                 hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
@@ -164,13 +166,13 @@ def _train_and_evaluate(config, config_name, workdir, mode, watchdog):
                 top1, epochs = fit(
                     model, config, job, part, training, evaluation, callbacks
                 )
-        if top1 is None:
-            top1 = hvd.evaluate(
-                model, evaluation, verbose=0, callbacks=[watchdog]
-            )["top1"]
-        skipped = hvd.allgather_object(corrupt_images.names)
-    except (*SHUTDOWN_ERRORS, OSError) as error:
-        raise stop_reason(error) from error
+            if top1 is None:
+                top1 = hvd.evaluate(
+                    model, evaluation, verbose=0, callbacks=[watchdog]
+                )["top1"]
+            skipped = hvd.allgather_object(corrupt_images.names)
+        except (*SHUTDOWN_ERRORS, OSError) as error:
+            raise stop_reason(error) from error
     summary = {
         "config": config_name,
         "ranks": job.ranks,

@@ -8,6 +8,7 @@ the others while they are stuck goes through the key-value server with which
 import contextlib
 import faulthandler
 import http.client
+import itertools
 import os
 import pathlib
 import socket
@@ -24,12 +25,18 @@ PERIOD = 0.5
 SILENCE = 2.5
 # horovodrun kills the other ranks 5 seconds after the first one exits.
 SECONDS_TO_SAY_WHY = 5
+# Whose code a hang is not explained by.
+LIBRARIES = tuple(
+    str(pathlib.Path(module.__file__).parent) for module in (tf, keras, os)
+)
 HOROVOD = str(pathlib.Path(hvd.__file__).parent)
 
+NOT_REACHED = (OSError, http.client.HTTPException)
 HOST = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
 
 _running = None
 _collectives = None
+_blocks = itertools.count()
 
 
 class Watchdog(keras.callbacks.Callback):
@@ -117,6 +124,8 @@ class Watchdog(keras.callbacks.Callback):
         """
         end = time.monotonic() + 2 * SILENCE
         while time.monotonic() < end:
+            # The thread that does so may be the one that asks.
+            self._peers.beat(self._steps)
             if found := self._peers.found():
                 return found
             time.sleep(PERIOD / 2)
@@ -142,34 +151,33 @@ class Watchdog(keras.callbacks.Callback):
             cause = f"rank {self._rank} waited {where}: {found}"
         else:
             cause = (
-                f"rank {self._rank} waited {where} for ranks that cannot be "
-                "named: none says that it hangs. They may wait for different "
-                "collectives; look for Horovod's lines with 'Missing ranks'"
+                f"rank {self._rank} waited {where} for one that cannot be "
+                "named: none says that it hangs. Where all ranks wait, it is "
+                "for different collectives: see the stacks"
             )
         print(f"stacks of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         print(f"error: {cause}", file=sys.stderr, flush=True)
-        time.sleep(SECONDS_TO_SAY_WHY)
+        # The others may find out a moment later, and are to name this rank.
+        time.sleep(SECONDS_TO_SAY_WHY * (1 if waits else 2))
         os._exit(1)
 
     def _waits(self):
         """Whether the main thread waits for other ranks, in a collective."""
         in_graph = _collectives.entered > _collectives.left
-        return in_graph or any(
-            frame.f_code.co_filename.startswith(HOROVOD)
-            for frame in self._frames()
-        )
+        return in_graph or any(_is_in(HOROVOD, f) for f in self._frames())
 
     def _place(self):
-        """Returns where the main thread is, outside of Keras and TensorFlow."""
+        """Returns where the main thread is, in code that is not a library's."""
         frames = self._frames()
-        own = next(f for f in frames if not _is_library(f))
-        place = (
-            f"{own.f_code.co_name} ({own.f_code.co_filename}:{own.f_lineno})"
-        )
-        if own is frames[0]:
-            return place
-        return f"what {place} calls: its input or its computation"
+        own = next((f for f in frames if not _is_in(LIBRARIES, f)), frames[0])
+        code = own.f_code
+        place = f"{code.co_name}, {code.co_filename}:{own.f_lineno}"
+        if _is_in(LIBRARIES[:1], frames[0]):
+            place += (
+                ", inside TensorFlow: the input pipeline or the step itself"
+            )
+        return place
 
     def _frames(self):
         """Returns the Python frames of the main thread, innermost first."""
@@ -179,8 +187,8 @@ class Watchdog(keras.callbacks.Callback):
         return frames
 
 
-def _is_library(frame):
-    return "site-packages" in pathlib.Path(frame.f_code.co_filename).parts
+def _is_in(folders, frame):
+    return frame.f_code.co_filename.startswith(folders)
 
 
 def lost_rank():
@@ -232,6 +240,8 @@ class _Peers:
     def __init__(self, rank, size):
         self.period = max(PERIOD, size / 64)
         self._silence = SILENCE / PERIOD * self.period
+        # What was written in an earlier block is no longer true.
+        self._scope = f"watchdog{next(_blocks)}"
         self._rank = rank
         self._next = (rank + 1) % size
         self._server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
@@ -251,7 +261,7 @@ class _Peers:
             self._request("PUT", f"rank{self._rank}", beat)
             heard = self._request("GET", f"rank{self._next}")
             self._told = self._request("GET", "found")
-        except OSError:
+        except NOT_REACHED:
             return
         self._server_heard = time.monotonic()
         if heard != self._of_next:
@@ -261,7 +271,7 @@ class _Peers:
         """Writes what is wrong, for all ranks to read."""
         if self._server is None:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*NOT_REACHED):
             self._request("PUT", "found", found)
 
     def found(self):
@@ -293,7 +303,7 @@ class _Peers:
         )
         with contextlib.closing(connection):
             body = None if text is None else text.encode()
-            connection.request(method, f"/watchdog/{key}", body)
+            connection.request(method, f"/{self._scope}/{key}", body)
             response = connection.getresponse()
             text = response.read().decode()
             return text if response.status == http.client.OK else None

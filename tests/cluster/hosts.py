@@ -5,6 +5,7 @@ so that no packet leaves the cluster. Files and processes are the machine's.
 Needs root, Linux, `ip` of iproute2 and `sshd` of openssh-server.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -16,6 +17,9 @@ import time
 
 PREFIX = "horovod-test-"
 ETC = pathlib.Path("/etc/netns")
+# Three times without an answer, and ssh and sshd give up. Gloo gives up before,
+# after 30 seconds, so that the ranks can say why.
+SSH_ALIVE_SECONDS = 15
 
 
 class Cluster:
@@ -66,11 +70,37 @@ class Cluster:
     def mend(self, host):
         _ip("-n", self.namespace("switch"), "link", "set", host, "up")
 
+    def slow_down(self, host):
+        """Limits what a host sends to 40 Mbit/s, with 10 ms delay if it can.
+
+        Returns:
+            `"netem"`, or `"tbf"` where the kernel has no netem and so no delay.
+        """
+        link = ("-n", self.namespace(host), "qdisc", "add", "dev", "eth0")
+        try:
+            _run(
+                "tc", *link, "root", "netem", "delay", "10ms", "rate", "40mbit"
+            )
+            return "netem"
+        except RuntimeError:
+            limits = ("rate", "40mbit", "burst", "32k", "latency", "400ms")
+            _run("tc", *link, "root", "tbf", *limits)
+            return "tbf"
+
+    def speed_up(self, host):
+        name = self.namespace(host)
+        _run("tc", "-n", name, "qdisc", "delete", "dev", "eth0", "root")
+
     def pids(self, host):
-        """Returns the processes of a host, `sshd` itself left out."""
+        """Returns the processes of a host, without the `sshd` that listens."""
         output = _ip("netns", "pids", self.namespace(host))
         servers = {server.pid for server in self._sshd}
         return sorted({int(pid) for pid in output.split()} - servers)
+
+    def kill(self, host):
+        """Ends the processes of a host, without the `sshd` that listens."""
+        while pids := self.pids(host):
+            _kill(pids)
 
     def namespace(self, host):
         return f"{PREFIX}{os.getpid()}-{host}"
@@ -130,6 +160,7 @@ class Cluster:
             f"IdentityFile {self._folder}/user\n"
             "UserKnownHostsFile /dev/null\n"
             "LogLevel ERROR\n"
+            f"ServerAliveInterval {SSH_ALIVE_SECONDS}\n"
         )
         (etc / "ssh" / "sshd_config").write_text(
             f"ListenAddress {_address(number)}\n"
@@ -138,6 +169,7 @@ class Cluster:
             f"PidFile none\n"
             "PermitRootLogin prohibit-password\n"
             "StrictModes no\n"
+            f"ClientAliveInterval {SSH_ALIVE_SECONDS}\n"
         )
 
     def _start_sshd(self, host):
@@ -181,14 +213,16 @@ def namespaces():
 def remove_namespace(name):
     """Kills the processes of a namespace, and removes it."""
     while pids := _ip("netns", "pids", name).split():
-        for pid in pids:
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(0.1)
+        _kill(pids)
     _ip("netns", "delete", name)
     shutil.rmtree(ETC / name, ignore_errors=True)
+
+
+def _kill(pids):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.1)
 
 
 def _address(number):
