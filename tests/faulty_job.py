@@ -1,13 +1,16 @@
-"""A training job of which rank 1 goes wrong in step 5: FAULT says how.
+"""A training job of which rank 1 goes wrong in step 5.
 
-FAULT=kill python -m tests.faulty_job --config=demo --workdir=DIR ...
+python -m tests.faulty_job FAULT FILE --config=demo ...
+
+FAULT is kill, hang_in_callback or hang_in_pipeline; FILE is there when it has
+happened. The other arguments are those of `horovod_recipes.train`.
 """
 
 import os
+import pathlib
 import signal
 import sys
 import threading
-import time
 
 import tensorflow as tf
 
@@ -18,73 +21,62 @@ from horovod_recipes import training_callbacks
 STEP = 5
 
 
-def kill(step):
-    if step == STEP:
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leave(step):
-    if step == STEP:
-        os._exit(3)
+def hang():
+    threading.Event().wait()
 
 
-def hang_in_callback(step):
-    if step == STEP:
-        time.sleep(1000)
-
-
-def stop(step):
-    if step == STEP:
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def skip_a_collective(step):
-    if step != STEP:
-        hvd.allreduce(tf.constant(1.0), name="of_all_but_one_step")
-
-
-def hang_in_pipeline(step):
-    pass
-
-
-def after_each_step(fault):
-    inner = training_callbacks.StopOnNonFinite.on_train_batch_end
+def in_callback(fault):
+    """Puts a fault at the end of a step."""
+    on_train_batch_end = training_callbacks.Throughput.on_train_batch_end
     steps = iter(range(1, 1000))
 
-    def on_train_batch_end(self, batch, logs=None):
-        step = next(steps)
-        if hvd.rank() == 1:
-            fault(step)
-        elif fault is skip_a_collective:
-            hvd.allreduce(tf.constant(1.0), name="of_all_but_one_step")
-        inner(self, batch, logs)
+    def hang_in_callback(self, batch, logs=None):
+        on_train_batch_end(self, batch, logs)
+        if next(steps) == STEP:
+            fault()
 
-    training_callbacks.StopOnNonFinite.on_train_batch_end = on_train_batch_end
+    training_callbacks.Throughput.on_train_batch_end = hang_in_callback
 
 
-def hang_after_batches():
-    inner = train.training_dataset
+def in_pipeline(fault):
+    """Puts a fault before the batch of a step."""
+    training_dataset = train.training_dataset
     batches = iter(range(1, 1000))
 
-    def wait(label):
-        if next(batches) == STEP and hvd.rank() == 1:
-            threading.Event().wait()
+    def hang_in_pipeline(label):
+        if next(batches) == STEP:
+            fault()
         return label
 
-    def training_dataset(*arguments):
-        def waited(image, label):
-            after = tf.numpy_function(wait, [label], label.dtype)
-            return image, tf.ensure_shape(after, label.shape)
+    def faulty(*arguments):
+        return training_dataset(*arguments).map(
+            lambda images, labels: (
+                images,
+                tf.ensure_shape(
+                    tf.numpy_function(hang_in_pipeline, [labels], labels.dtype),
+                    labels.shape,
+                ),
+            )
+        )
 
-        return inner(*arguments).map(waited)
+    train.training_dataset = faulty
 
-    train.training_dataset = training_dataset
+
+def main():
+    name, happened, *arguments = sys.argv[1:]
+
+    def fault():
+        if hvd.rank() == 1:
+            pathlib.Path(happened).touch()
+            kill() if name == "kill" else hang()
+
+    in_pipeline(fault) if name == "hang_in_pipeline" else in_callback(fault)
+    return train.main([sys.argv[0], *arguments])
 
 
 if __name__ == "__main__":
-    fault = globals()[os.environ["FAULT"]]
-    if fault is hang_in_pipeline:
-        hang_after_batches()
-    else:
-        after_each_step(fault)
-    sys.exit(train.main(sys.argv))
+    sys.exit(main())
