@@ -34,8 +34,8 @@ TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
 ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
-.PHONY: demo test lint unit-tests parallel-tests job-tests slurm-tests \
-  torch-tests demo-seeds clean always
+.PHONY: demo test lint unit-tests parallel-tests job-tests test-cluster \
+  slurm-tests torch-tests demo-seeds clean always
 
 demo: .venv/done $(DATA)
 	$(TWO_RANKS) $(TRAIN_DEMO) --workdir=$(WORKDIR) $(ARGS)
@@ -62,13 +62,21 @@ torch-tests: .venv/done
 	timeout --kill-after=10 600 $(BIN)/python -m pytest \
 	  tests/keras_lars/exactness_test.py -k timm
 
+# A test that hangs, on either rank, has both write the stacks of their threads
+# and end.
 parallel-tests: .venv/done $(DATA)
-	$(TWO_RANKS) -m pytest tests/parallel
+	$(TWO_RANKS) -m pytest -o faulthandler_exit_on_timeout=true tests/parallel
 
 # Whole jobs: killed, resumed; ImageNet's recipes, on photos that this downloads.
 job-tests: .venv/done $(DATA)
 	$(BIN)/python -m horovod_recipes.photos
 	timeout --kill-after=10 3000 $(BIN)/python -m pytest tests/whole_jobs
+
+# As root on Linux, with iproute2 and openssh-server: jobs on two hosts made of
+# network namespaces, of which links are cut and ranks are killed.
+test-cluster: .venv/done $(DATA)
+	$(BIN)/python -m tests.cluster.hosts
+	timeout --kill-after=30 2400 $(BIN)/python -m pytest tests/cluster
 
 # As root on Debian: installs Slurm, and starts it for one node.
 slurm-tests: .venv/done $(DATA)

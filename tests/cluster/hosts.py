@@ -2,7 +2,8 @@
 
 Each host has one link, `eth0`, to a switch: a bridge in a namespace of its own,
 so that no packet leaves the cluster. Files and processes are the machine's.
-Needs root, Linux, `ip` of iproute2 and `sshd` of openssh-server.
+Needs root, Linux, iproute2 and openssh-server. As a program it says whether
+this machine can: python -m tests.cluster.hosts.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -238,3 +240,27 @@ def _run(*command):
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
     return result.stdout
+
+
+def why_not():
+    """Returns why this machine cannot have such hosts, or None if it can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    for program, package in (
+        ("ip", "iproute2"),
+        ("tc", "iproute2"),
+        ("sshd", "openssh-server"),
+        ("ssh", "openssh-client"),
+    ):
+        if not shutil.which(program):
+            return f"needs {program}: apt-get install {package}"
+    try:
+        cluster = Cluster(2)
+    except RuntimeError as error:
+        return str(error)
+    cluster.remove()
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(why_not())
