@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.jobs import HOROVODRUN
+from tests.jobs import ROOT
 from tests.jobs import error_lines
 from tests.jobs import run
 
@@ -54,13 +55,39 @@ def test_rank_that_hangs(tmp_path, fault):
     in_tensorflow = "inside TensorFlow: the input pipeline or the step" in hangs
     assert in_tensorflow == (fault == "hang_in_pipeline")
     assert HANG_SECONDS <= seconds < HANG_SECONDS + SECONDS_TO_END
-    # The stacks of both ranks, with the line that hangs.
-    for rank in (0, 1):
-        mine = [
-            line
-            for line in result.stderr.splitlines()
-            if line.startswith(f"[{rank}]<stderr>:")
-        ]
-        stacks = "\n".join(mine).partition(f"stacks of rank {rank}:")[2]
+    # With the lines that wait and hang.
+    for rank, function in enumerate(("fit", fault)):
+        stacks = lines_of_rank(result, rank).partition(
+            f"stacks of rank {rank}:"
+        )[2]
         assert "(most recent call first)" in stacks
-        assert f"in {fault}" in stacks if rank == 1 else "in fit" in stacks
+        assert f"in {function}" in stacks
+
+
+def test_parallel_test_that_hangs(tmp_path):
+    """With the options of make parallel-tests, and a shorter time."""
+    (tmp_path / "hang_test.py").write_text(
+        "import time\n"
+        "import horovod_recipes.keras as hvd\n"
+        "hvd.init()\n"
+        "def test_hang():\n"
+        "    if hvd.rank() == 1:\n"
+        "        time.sleep(1000)\n"
+        "    hvd.allreduce(1.0)\n"
+    )
+    result = run(
+        *(*HOROVODRUN, sys.executable, "-m", "pytest"),
+        *("-c", str(ROOT / "pyproject.toml"), "-o", "faulthandler_timeout=10"),
+        *("-o", "faulthandler_exit_on_timeout=true", str(tmp_path)),
+    )
+    assert result.returncode == 1
+    for rank in (0, 1):
+        lines = lines_of_rank(result, rank)
+        assert "Timeout (0:00:10)!" in lines
+        assert "in test_hang" in lines
+
+
+def lines_of_rank(result, rank):
+    prefix = f"[{rank}]<stderr>:"
+    lines = result.stderr.splitlines()
+    return "\n".join(line for line in lines if line.startswith(prefix))
