@@ -16,7 +16,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOROVODRUN = str(pathlib.Path(sys.executable).with_name("horovodrun"))
-BOTH = ("-np", "2", "-H", "h1:1,h2:1")
+LINK = ("--network-interface", "eth0")
+BOTH = ("-np", "2", "-H", "h1:1,h2:1", *LINK)
 DEMO = ("--config=demo", "--config.model.filters=2")
 # Trains until something ends it.
 ENDLESS = (
@@ -39,7 +40,7 @@ class Job:
             self.process = cluster.popen(
                 "h1",
                 *("timeout", "--kill-after=10", str(seconds), HOROVODRUN),
-                *("--gloo", "--network-interface", "eth0", *command),
+                *("--gloo", *command),
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -102,7 +103,7 @@ def assert_nothing_runs(cluster, seconds):
 
 def test_demo_trains_over_the_link_as_on_one_host(cluster, tmp_path):
     results = {}
-    for name, hosts in (("two", BOTH), ("one", ("-np", "2", "-H", "h1:2"))):
+    for name, hosts in (("two", BOTH), ("one", ("-np", "2"))):
         workdir = tmp_path / name
         job = Job(
             cluster,
@@ -195,11 +196,11 @@ def test_elastic_job_loses_a_host_and_takes_it_back(cluster, tmp_path):
     job = Job(
         cluster,
         tmp_path,
-        *("-np", "2", "--min-np", "1", "--max-np", "2"),
+        *("-np", "2", "--min-np", "1", "--max-np", "2", *LINK),
         *("--host-discovery-script", str(discover)),
         *("--blacklist-cooldown-range", "2", "4"),
         *("--gloo-timeout-seconds", "60"),
-        *python("horovod_recipes.elastic_demo", "--epochs=30", "--pause=0.7"),
+        *python("horovod_recipes.elastic_demo", "--epochs=8", "--pause=0.7"),
         seconds=600,
     )
     job.wait_for('"epoch": 1, "batch": 2')
@@ -215,7 +216,8 @@ def test_elastic_job_loses_a_host_and_takes_it_back(cluster, tmp_path):
     assert {e["different_weights"] for e in epochs} == {1}
     (summary,) = [e for e in events if e["event"] == "summary"]
     assert summary["each_example_once"]
-    assert summary["updates"] == 30 * 8
+    assert summary["updates"] == 8 * 8
     assert summary["ranks"] == 2
-    assert summary["top1"] == pytest.approx(97.5, abs=1.5)
+    # Of a job on one rank that nothing happens to: 97.0.
+    assert summary["top1"] == pytest.approx(97, abs=1.5)
     assert_nothing_runs(cluster, seconds=60)
