@@ -30,6 +30,15 @@ from horovod_recipes.keras.optimizer import discard_accumulated
 from horovod_recipes.keras.optimizer import is_within_update
 from horovod_recipes.keras.variables import broadcast_variables
 
+__all__ = [
+    "CommitStateCallback",
+    "ElasticSampler",
+    "KerasState",
+    "UpdateBatchStateCallback",
+    "UpdateEpochStateCallback",
+    "run",
+]
+
 # In the message of an UnknownError that comes from one of Horovod's operations,
 # grouped or not, eager or in a graph, where their names are written like this.
 _FROM_HOROVOD = re.compile(
