@@ -31,11 +31,10 @@ SEED = 0
 def load_digits(split):
     """Returns the images and labels of a split of mnist5k as arrays."""
     source = load_source("mnist5k", None)
-    examples = source.examples(split, rank=0, ranks=1).map(
-        lambda e: (tf.io.decode_png(e["image"]), e["label"])
-    )
-    images, labels = zip(*examples.as_numpy_iterator(), strict=True)
-    return np.stack(images), np.array(labels)
+    records = source.records(split, rank=0, ranks=1)
+    (digits,) = records.batch(source.num_examples(split)).map(source.parse)
+    images = [tf.io.decode_png(image).numpy() for image in digits["image"]]
+    return np.stack(images), digits["label"].numpy()
 
 
 def create_model(image_shape, steps, warmup_steps):

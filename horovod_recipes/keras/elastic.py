@@ -30,6 +30,15 @@ from horovod_recipes.keras.optimizer import discard_accumulated
 from horovod_recipes.keras.optimizer import is_within_update
 from horovod_recipes.keras.variables import broadcast_variables
 
+__all__ = [
+    "CommitStateCallback",
+    "ElasticSampler",
+    "KerasState",
+    "UpdateBatchStateCallback",
+    "UpdateEpochStateCallback",
+    "run",
+]
+
 # In the message of an UnknownError that comes from one of Horovod's operations,
 # grouped or not, eager or in a graph, where their names are written like this.
 _FROM_HOROVOD = re.compile(
@@ -59,6 +68,7 @@ def run(func):
     Raises:
         Exception: Whatever `func` raises and is not a failed collective; the
             rank then ends, and the job goes on without its host.
+        RuntimeError: On a rank that cannot go on: its host was removed.
     """
 
     @functools.wraps(func)
@@ -78,13 +88,25 @@ def run(func):
                     state.restore()
                 # All ranks synchronize after this, also where Horovod would
                 # not: a rank may have been added since the interrupt.
-                shutdown()
-                init()
+                _join_the_new_ranks()
                 state.on_reset()
         finally:
             notification_manager.remove_listener(state)
 
     return wrapper
+
+
+def _join_the_new_ranks():
+    shutdown()
+    try:
+        init()
+    except ValueError as error:
+        # Horovod cannot try again in the same process.
+        raise RuntimeError(
+            "This rank ends, as it cannot join the others: its host was "
+            "removed from the job, or one more rank was lost meanwhile. "
+            "Horovod's own message is above."
+        ) from error
 
 
 def is_lost_rank(error):

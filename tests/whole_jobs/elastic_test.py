@@ -34,14 +34,21 @@ def elastic(folder, hosts, *command, ranks=2, options=()):
     ]
 
 
-def run_and_disturb(command, when, disturb, seconds=500):
-    """Runs a job; calls `disturb(job)` at the first line with these values.
+def run_and_disturb(command, *disturbances, seconds=500):
+    """Runs a job, and disturbs it.
+
+    Args:
+        command: The command line of the job.
+        *disturbances: Tuples `(values, disturb)`, in the order of the job:
+            `disturb(job)` is called at the first line with these values.
+        seconds: Integer, the time limit.
 
     Returns:
         The exit status, and the lines of JSON.
     """
     limited = ["timeout", "--kill-after=10", str(seconds), *command]
     events = []
+    left = list(disturbances)
     with subprocess.Popen(
         limited, cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as job:
@@ -50,10 +57,9 @@ def run_and_disturb(command, when, disturb, seconds=500):
             if not found:
                 continue
             events.append(json.loads("{" + values))
-            if when and when.items() <= events[-1].items():
-                disturb(job)
-                when = None
-    assert when is None, f"there was no line with {when}"
+            if left and left[0][0].items() <= events[-1].items():
+                left.pop(0)[1](job)
+    assert not left, f"there was no line with {left[0][0]}"
     return job.returncode, events
 
 
@@ -88,7 +94,7 @@ def check_epochs(events, number=8):
 @pytest.fixture(scope="module")
 def undisturbed_top1(tmp_path_factory):
     command = elastic(tmp_path_factory.mktemp("whole"), TWO_HOSTS, *DEMO)
-    status, events = run_and_disturb(command, None, None)
+    status, events = run_and_disturb(command)
     assert status == 0
     assert len(of_kind("start", events)) == 1
     assert check_epochs(events) == [2] * 8
@@ -101,7 +107,7 @@ def test_killed_worker(tmp_path, undisturbed_top1, host):
     """Whichever rank it was, the other goes on from the last commit."""
     command = elastic(tmp_path, TWO_HOSTS, *DEMO, "--pause=0.3")
     when = {"event": "batch", "epoch": 2, "batch": 4}
-    status, events = run_and_disturb(command, when, kill_worker(host))
+    status, events = run_and_disturb(command, (when, kill_worker(host)))
     assert status == 0
     first, second = of_kind("start", events)
     assert (first["ranks"], second["ranks"]) == (2, 1)
@@ -117,26 +123,36 @@ def test_killed_worker(tmp_path, undisturbed_top1, host):
     assert abs(summary["top1"] - undisturbed_top1) <= 1.0
 
 
-def test_added_worker(tmp_path, undisturbed_top1):
-    """A second slot is found in mid-epoch; its worker takes part at once."""
+def test_added_and_removed_worker(tmp_path, undisturbed_top1):
+    """A second slot is found in mid-epoch, and taken away in another."""
     command = elastic(
-        *(tmp_path, "localhost:1\n", *DEMO, "--pause=0.5", "--epochs=8"),
-        ranks=1,
+        *(tmp_path, "localhost:1\n", *DEMO, "--pause=0.5"), ranks=1
     )
 
-    def add_slot(job):
-        (tmp_path / "hosts").write_text("localhost:2\n")
+    def set_slots(number):
+        hosts = tmp_path / "hosts"
+        return lambda job: hosts.write_text(f"localhost:{number}\n")
 
-    when = {"event": "batch", "epoch": 1, "batch": 2}
-    status, events = run_and_disturb(command, when, add_slot)
+    status, events = run_and_disturb(
+        command,
+        ({"event": "batch", "epoch": 1, "batch": 2}, set_slots(2)),
+        ({"event": "start", "ranks": 2}, lambda job: None),
+        ({"event": "epoch", "ranks": 2}, lambda job: None),
+        ({"event": "batch", "batch": 3}, set_slots(1)),
+    )
     assert status == 0
-    first, second = of_kind("start", events)
-    assert (first["ranks"], second["ranks"]) == (1, 2)
-    assert (second["epoch"], second["batch"]) > (1, 2)
+    starts = of_kind("start", events)
+    assert [start["ranks"] for start in starts] == [1, 2, 1]
+    for start in starts[1:]:
+        # They go on from where they are: nothing is done again.
+        before = events[events.index(start) - 1]
+        place = (before["epoch"], before.get("batch"))
+        if before["event"] == "epoch":
+            place = (before["epoch"] + 1, 0)
+        assert (start["epoch"], start["batch"]) == place
     ranks = check_epochs(events)
-    assert ranks == sorted(ranks)
-    assert ranks[0] == 1
-    assert ranks[-1] == 2
+    assert ranks[0] == ranks[-1] == 1
+    assert 2 in ranks
     assert events[-1]["updates"] == 64
     assert abs(events[-1]["top1"] - undisturbed_top1) <= 1.0
 
