@@ -8,14 +8,6 @@ import tensorflow as tf
 from horovod_recipes.keras.optimizer import is_distributed
 from horovod_recipes.keras.variables import average_variables
 from horovod_recipes.keras.variables import broadcast_variables
-from horovod_recipes.keras.watchdog import Watchdog
-
-__all__ = [
-    "AverageNonTrainableWeights",
-    "BroadcastGlobalVariablesCallback",
-    "ExactMetrics",
-    "Watchdog",
-]
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
