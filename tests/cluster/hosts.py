@@ -160,6 +160,7 @@ class Cluster:
         )
         (etc / "ssh" / "ssh_config").write_text(
             f"IdentityFile {self._folder}/user\n"
+            "StrictHostKeyChecking no\n"
             "UserKnownHostsFile /dev/null\n"
             "LogLevel ERROR\n"
             f"ServerAliveInterval {SSH_ALIVE_SECONDS}\n"
