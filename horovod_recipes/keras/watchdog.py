@@ -51,7 +51,8 @@ class Watchdog(keras.callbacks.Callback):
     rank ends. A rank that is killed, or whose host is lost, makes Horovod fail
     on the others; `lost_rank` then tells its name.
 
-    List it first among the callbacks, after `hvd.init()`:
+    List it first among the callbacks, after `hvd.init()`; all ranks enter the
+    same blocks, in the same order:
 
     ```python
     with hvd.callbacks.Watchdog(seconds=600) as watchdog:
