@@ -58,9 +58,8 @@ def run(func):
     left to do, and all that depends on `hvd.size()`, belongs into the function.
 
     Args:
-        func: A function whose first argument is the state. It may not
-            communicate before it is called, nor leave collectives that not
-            all ranks take part in.
+        func: A function whose first argument is the state. A script calls no
+            collective before it: a new rank would wait for the others there.
 
     Returns:
         The function, wrapped. It returns what `func` does.
