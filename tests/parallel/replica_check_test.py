@@ -66,7 +66,7 @@ def message_of(callbacks):
 
 
 def flip_lowest_bit(value):
-    bits = value.copy().view("uint32")
+    bits = np.array(value).view("uint32")
     bits.flat[-1] ^= 1
     return bits.view("float32")
 
