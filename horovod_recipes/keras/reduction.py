@@ -49,9 +49,9 @@ class GradientReduction:
         self._scale_local_gradients = scale_local_gradients
         self._local_keys = set()
 
-    def register_local(self, variable):
-        """Leaves the variable's gradients to each rank, from now on."""
-        self._local_keys.add(_key(variable))
+    def register_local(self, var):
+        """Leaves a variable's gradients to each rank, from now on."""
+        self._local_keys.add(_key(var))
 
     def is_local(self, variable):
         return _key(variable) in self._local_keys
