@@ -33,6 +33,8 @@ ADDED = {
     "callbacks.ExactMetrics": None,  # As if one process had seen all examples.
     "callbacks.ReplicaCheck": None,  # Finds ranks that have drifted apart.
     "callbacks.ReplicasDiffer": None,  # What it raises.
+    "elastic.ElasticSampler": None,  # Each example of an epoch once.
+    "elastic.is_lost_rank": None,  # Tells a lost rank from other errors.
 }
 NOT_YET = ["callbacks", "elastic"]  # [] when they are there.
 NAMESPACES = [""] + [
