@@ -168,6 +168,7 @@ def sync_batch_norm(hvd):
 def load_model(hvd):
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     model = create_model(hvd.DistributedOptimizer(optimizer))
+    fit(model, hvd)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.keras"
         model.save(path)
@@ -310,11 +311,15 @@ def elastic_state(hvd):
 def local_infinity(hvd):
     """An infinity on rank 1 alone, in the first step of mixed_float16."""
     keras.config.set_dtype_policy("mixed_float16")
-    model = create_model(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)))
-    x, y = examples(hvd.rank())
-    if hvd.rank() == 1:
-        x[0, 0] = np.inf
-    model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    try:
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        model = create_model(optimizer)
+        x, y = examples(hvd.rank())
+        if hvd.rank() == 1:
+            x[0, 0] = np.inf
+        model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
     steps = of_all_ranks(int(model.optimizer.iterations))
     kept, text = weights_are_equal(model)
     return kept and steps == [3, 3], f"updates of the ranks: {steps}; {text}"

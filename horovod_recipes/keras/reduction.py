@@ -37,6 +37,11 @@ class GradientReduction:
         scale_local_gradients,
     ):
         _check_op(op, gradient_predivide_factor)
+        if process_set.process_set_id is None:
+            raise ValueError(
+                "Argument `process_set` is not known to Horovod: pass it to "
+                "hvd.init(process_sets=[...]), or to hvd.add_process_set."
+            )
         self._groups = _checked_groups(groups, num_groups)
         self._name = name
         self._device_dense = device_dense

@@ -324,6 +324,7 @@ def test_two_optimizers_in_one_step():
             {"gradient_predivide_factor": 2.0, "op": hvd.Sum},
             "gradient_predivide_factor",
         ),
+        ({"process_set": hvd.ProcessSet([1])}, "`process_set`"),
         ({"groups": 0}, "`groups`"),
         ({"groups": [1, 2]}, "`groups`"),
     ],
