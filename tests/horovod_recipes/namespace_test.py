@@ -36,13 +36,7 @@ ADDED = {
     "elastic.ElasticSampler": None,  # Each example of an epoch once.
     "elastic.is_lost_rank": None,  # Tells a lost rank from other errors.
 }
-NOT_YET = ["callbacks", "elastic"]  # [] when they are there.
-NAMESPACES = [""] + [
-    pytest.param(
-        name, marks=[pytest.mark.xfail(strict=True)] if name in NOT_YET else []
-    )
-    for name in ("callbacks", "elastic")
-]
+NAMESPACES = ["", "callbacks", "elastic"]
 
 
 def public_names(module):
@@ -91,9 +85,8 @@ def test_every_name_is_there_with_the_same_arguments(namespace):
     their_module, our_module = both(namespace)
     names = public_names(their_module)
     assert len(names) >= 5
-    missing = names - public_names(our_module)
-    assert missing <= set(NOT_YET)
-    for name in sorted(names - missing):
+    assert names - public_names(our_module) == set()
+    for name in sorted(names):
         theirs = arguments(getattr(their_module, name))
         assert arguments(getattr(our_module, name)) == theirs, name
 
