@@ -34,7 +34,6 @@ ADDED = {
     "callbacks.ReplicaCheck": None,  # Finds ranks that have drifted apart.
     "callbacks.ReplicasDiffer": None,  # What it raises.
     "elastic.ElasticSampler": None,  # Each example of an epoch once.
-    "elastic.is_lost_rank": None,  # Tells a lost rank from other errors.
 }
 NAMESPACES = ["", "callbacks", "elastic"]
 
