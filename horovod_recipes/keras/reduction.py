@@ -3,6 +3,7 @@
 `DistributedOptimizer` and `DistributedGradientTape` share it.
 """
 
+import functools
 import warnings
 
 import horovod.tensorflow as hvd
@@ -149,18 +150,10 @@ class GradientReduction:
         values, context = self._compression.compress(
             tf.cast(slices.values, _sent_dtype(dtype))
         )
+        gather = functools.partial(hvd.allgather, process_set=self._process_set)
         with tf.device(self._device_sparse):
-            values, indices = (
-                hvd.allgather(
-                    tensor,
-                    name=f"{name}_{part}",
-                    process_set=self._process_set,
-                )
-                for tensor, part in (
-                    (values, "values"),
-                    (slices.indices, "indices"),
-                )
-            )
+            values = gather(values, name=f"{name}_values")
+            indices = gather(slices.indices, name=f"{name}_indices")
         values = self._compression.decompress(values, context)
         # On a GPU the order of these additions, and so the last bit of their
         # sum, would differ between ranks.
@@ -172,9 +165,9 @@ class GradientReduction:
         total = tf.IndexedSlices(
             tf.cast(values, dtype), rows, slices.dense_shape
         )
-        return (
-            _divide(total, self._size()) if self._op == hvd.Average else total
-        )
+        if self._op == hvd.Sum:
+            return total
+        return _divide(total, self._size())
 
     def _size(self):
         # An operation rather than a number: an elastic job changes its size.
