@@ -89,14 +89,12 @@ def test_unknown_flag_says_what_there_is():
     assert "--model: <resnet50|alexnet|tiny>" in result.stderr
 
 
-def test_trial_without_end_is_told_from_one_that_fails():
+def test_trial_without_end_is_said_to_hang():
     trial = "`get_config`, `from_config`"
     assert upstream_binding.tried(trial, "ours", seconds=1) == {
         "kept": False,
         "text": "hangs: no end within 1 s",
     }
-    with pytest.raises(RuntimeError, match="invalid choice: 'theirs'"):
-        upstream_binding.tried(trial, "theirs", seconds=100)
 
 
 def test_table_of_bindings():
