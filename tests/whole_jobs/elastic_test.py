@@ -162,7 +162,7 @@ def test_updates_are_means_over_the_ranks_there_are(tmp_path):
     command = elastic(
         *(tmp_path, TWO_HOSTS, sys.executable, "-m", "tests.elastic_job"),
         "127.0.0.1",
-        options=("--blacklist-cooldown-range", "1", "2"),
+        options=("--blacklist-cooldown-range", "10", "20"),
     )
     result = run(*command, seconds=500)
     assert result.returncode == 0, result.stderr
