@@ -34,8 +34,8 @@ RUN_REQUIREMENTS = ("cloudpickle", "packaging", "psutil", "pyyaml")
 # Horovod's setup.py also needs those of the run while it builds.
 BUILD_REQUIREMENTS = ("setuptools==80.9.0", "wheel==0.48.0", *RUN_REQUIREMENTS)
 CMAKE_REQUIREMENT = "cmake==3.31.6"
-# A whole compiler is on PyPI from CUDA 13 on. Horovod gets its runtime inside,
-# and so needs NVIDIA's driver 580 or later, but no CUDA where it runs.
+# A whole compiler is on PyPI from CUDA 13 on: its kernels need NVIDIA's driver
+# 580 or later. CUDA's runtime is the one that TensorFlow loads.
 CUDA_REQUIREMENTS = (
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-cuda-crt==13.0.88",

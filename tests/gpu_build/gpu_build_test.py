@@ -31,47 +31,44 @@ def test_has_cuda_and_nccl():
     assert install_horovod.why_not_current("2.21.0", options) is None
 
 
+def symbols(which, path):
+    lines = output_of("nm", "-D", which, str(path)).splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines}
+
+
 def test_no_undefined_symbol(library):
-    """`ldd -r` binds every symbol; TensorFlow is loaded before, by Python."""
-    tensorflow = pathlib.Path(hvd.tf.__file__).parent
-    undefined = [
+    """`ldd -r` binds all symbols but TensorFlow's, which Python loads first."""
+    undefined = {
         line.split()[2].rstrip(",")
         for line in output_of("ldd", "-r", str(library)).splitlines()
         if line.startswith("undefined symbol")
-    ]
-    libraries = [
-        *tensorflow.glob("libtensorflow_*.so*"),
-        *tensorflow.glob("python/_pywrap_tensorflow_*.so"),
-    ]
-    exported = {
-        line.split()[-1].partition("@")[0]
-        for path in libraries
-        for line in output_of("nm", "-D", "--defined-only", path).splitlines()
     }
-    assert exported
-    assert set(undefined) <= exported
+    folder = pathlib.Path(hvd.tf.__file__).parent
+    exported = set().union(
+        *(
+            symbols("--defined-only", path)
+            for path in folder.glob("libtensorflow_*.so.2")
+        )
+    )
+    assert undefined
+    assert undefined - exported == set()
+    # TensorFlow loads CUDA's runtime when it needs it, for Horovod too.
+    assert {"cudaEventRecord", "__cudaRegisterFatBinary"} <= undefined
 
 
 def test_stream_function_is_defined_inside(library):
     """TensorFlow 2.21 has no AsGpuStreamValue for it."""
-    undefined = output_of("nm", "-D", "--undefined-only", str(library))
-    assert "AsGpuStreamValue" not in undefined
-    assert "ncclAllReduce" in undefined
+    names = symbols("--undefined-only", library)
+    assert not [name for name in names if "AsGpuStreamValue" in name]
+    assert "ncclAllReduce" in names
 
 
 def test_needs_nccl_of_the_environment_and_no_driver(library):
-    needed = output_of("readelf", "-d", str(library))
-    libraries = re.findall(r"NEEDED.*\[(.*)\]", needed)
+    dynamic = output_of("readelf", "-d", str(library))
+    libraries = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
     assert "libnccl.so.2" in libraries
-    assert not [n for n in libraries if n.startswith(("libcuda", "libcudart"))]
-    assert "[$ORIGIN/../../nvidia/nccl/lib]" in needed
-
-
-def test_kernels_for_every_architecture(library):
-    """Their names are in the fat binary, whose code is compressed."""
-    data = library.read_bytes()
-    for number in install_horovod.CUDA_ARCHITECTURES.split(","):
-        assert f"sm_{number}".encode() in data, number
+    assert not [n for n in libraries if n.startswith(("libcuda.", "libcudart"))]
+    assert "[$ORIGIN/../../nvidia/nccl/lib]" in dynamic
 
 
 def test_two_ranks_reduce_cpu_tensors():
