@@ -5,7 +5,7 @@ import keras
 import tensorflow as tf
 
 
-def SyncBatchNormalization(**arguments):
+def SyncBatchNormalization(fused=False, **arguments):
     """Returns a batch norm whose batches are those of all ranks together.
 
     In training, outputs, gradients and moving statistics are those of
@@ -18,8 +18,17 @@ def SyncBatchNormalization(**arguments):
     `keras.models.clone_model`, normalizes by this rank's batches alone.
 
     Args:
+        fused: `False`. Horovod has the argument to refuse a fused kernel.
         **arguments: Of `keras.layers.BatchNormalization`.
+
+    Raises:
+        ValueError: If `fused` is not `False`.
     """
+    if fused is not False:
+        raise ValueError(
+            "Argument `fused` must be False: a fused kernel has no statistics "
+            f"of all ranks. Received: fused={fused!r}"
+        )
     layer = keras.layers.BatchNormalization(**arguments)
     # An attribute of the instance rather than a method of a subclass, because
     # the class is what a saved file names.

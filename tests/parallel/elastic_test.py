@@ -339,8 +339,8 @@ def test_fit_accounts_for_every_example():
     ]
     # What fit has taken; before it there was a look at the first batch alone.
     batches_of_fit = taken[-1][: 2 * sampler.steps_per_epoch]
-    of_both_ranks = hvd.allgather_object(np.concatenate(batches_of_fit))
-    used = np.concatenate(of_both_ranks)
+    batches_of_ranks = hvd.allgather_object(batches_of_fit)
+    used = np.concatenate([b for batches in batches_of_ranks for b in batches])
     assert sorted(used) == sorted(2 * list(range(EXAMPLES)))
 
 
