@@ -249,7 +249,7 @@ def test_sparse_gradients_train_as_dense_ones(name):
     def step():
         gradients = [
             sparse_gradient(),
-            tf.constant(of_rank([1.0, 1.0], [3, 3])),
+            tf.constant(of_rank([1.0, 1.0], [3.0, 3.0])),
         ]
         optimizer.apply(gradients, [table, bias])
 
