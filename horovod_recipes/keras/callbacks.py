@@ -1,7 +1,5 @@
 """Callbacks that keep the ranks of a Keras 3 training alike."""
 
-import warnings
-
 import keras
 
 from horovod_recipes.keras.evaluation import check_metrics
@@ -9,6 +7,7 @@ from horovod_recipes.keras.evaluation import global_results
 from horovod_recipes.keras.optimizer import is_distributed
 from horovod_recipes.keras.variables import average_variables
 from horovod_recipes.keras.variables import broadcast_variables
+from horovod_recipes.keras.xla import make_train_function
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
@@ -16,8 +15,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     The states of random generators stay each rank's own, so that dropout
     masks differ between ranks. The training step is traced anew, so that one
-    from before the optimizer was distributed is not used again; and without
-    XLA, which Horovod's operations cannot be compiled by.
+    from before the optimizer was distributed is not used again; where the model
+    was compiled with `jit_compile`, XLA compiles it up to the allreduce.
 
     Args:
         root_rank: Integer, the rank to copy from.
@@ -40,15 +39,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras; "
                 "a LossScaleOptimizer goes inside it."
             )
-        if self.model.jit_compile:
-            warnings.warn(
-                "The model was compiled with jit_compile on, and is trained "
-                "without: XLA cannot compile Horovod's operations. To silence "
-                "this: compile(..., jit_compile=False).",
-                stacklevel=2,
-            )
-            self.model.jit_compile = False
-        self.model.make_train_function(force=True)
+        make_train_function(self.model)
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         # `weights` leaves out what `variables` has: metrics and seeds.

@@ -4,9 +4,13 @@ Order inside a step: local accumulation, allreduce, then all that the optimizer
 itself does: unscaling and the check for infinities, clipping, the update.
 """
 
+import contextlib
+
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
+
+from horovod_recipes.keras.xla import check_outside_xla
 
 
 def DistributedOptimizer(
@@ -110,9 +114,26 @@ class _DistributedApply:
         self._passes_done = None
         # Indices of the variables that had a gradient in any pass.
         self._with_gradient = set()
+        self._held_back = None
+
+    @contextlib.contextmanager
+    def held_back(self):
+        """Yields a list that gets the gradients of a call, which does no more.
+
+        For what has to leave an XLA program before it goes on.
+        """
+        self._held_back = []
+        try:
+            yield self._held_back
+        finally:
+            self._held_back = None
 
     def __call__(self, grads, trainable_variables=None):
         grads = list(grads)
+        if self._held_back is not None:
+            self._held_back += grads
+            return
+        check_outside_xla("The apply of a DistributedOptimizer")
         optimizer = self._optimizer
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)

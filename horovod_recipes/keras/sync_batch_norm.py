@@ -27,6 +27,11 @@ def SyncBatchNormalization(**arguments):
     return layer
 
 
+def is_synchronized(layer):
+    """Whether the layer came from `SyncBatchNormalization`."""
+    return isinstance(getattr(layer, "_moments", None), _MomentsOfAllRanks)
+
+
 class _MomentsOfAllRanks:
     """Stands in for a batch norm's `_moments`: those of all ranks together."""
 
