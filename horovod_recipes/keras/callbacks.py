@@ -5,9 +5,9 @@ import keras
 from horovod_recipes.keras.evaluation import check_metrics
 from horovod_recipes.keras.evaluation import global_results
 from horovod_recipes.keras.optimizer import is_distributed
+from horovod_recipes.keras.train_step import make_train_function
 from horovod_recipes.keras.variables import average_variables
 from horovod_recipes.keras.variables import broadcast_variables
-from horovod_recipes.keras.xla import make_train_function
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):

@@ -264,17 +264,6 @@ def test_optimizer_distributed_after_a_fit_averages():
     assert largest_difference(weights_of_all_ranks(model)) == 0.0
 
 
-def test_jit_compile_is_turned_off_with_a_warning():
-    model = create_model(
-        seed=hvd.rank(),
-        optimizer=hvd.DistributedOptimizer(create_lars()),
-        jit_compile=True,
-    )
-    with pytest.warns(UserWarning, match="jit_compile"):
-        fit(model, this_ranks_part(16))
-    assert largest_difference(weights_of_all_ranks(model)) == 0.0
-
-
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("passes", [1, 2])
 def test_variables_without_gradient_stay(passes):
