@@ -1,8 +1,7 @@
-"""Broadcast, exact metrics and averaged statistics, on two ranks."""
+"""Broadcast, collectives and averaged statistics, on two ranks."""
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
@@ -49,109 +48,6 @@ def test_broadcast_covers_optimizer_but_not_seeds():
     assert len(seeds) == 1
     first, second = values_of_all_ranks(seeds)
     assert (first[0] != second[0]).any()
-
-
-def create_model(metrics=("mae",)):
-    model = keras.Sequential(
-        [
-            keras.Input((1,)),
-            keras.layers.Dense(
-                1, kernel_initializer="ones", bias_initializer="zeros"
-            ),
-        ]
-    )
-    model.compile(
-        hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)),
-        "mse",
-        metrics=list(metrics),
-    )
-    return model
-
-
-def unequal_parts(first=5, second=2, batch_size=2):
-    """Rank 0 holds 0 .. 4, rank 1 holds 5 and 6; targets are 0."""
-    numbers = [np.arange(first), np.arange(first, first + second)][hvd.rank()]
-    x = numbers.astype("float32")[:, np.newaxis]
-    return tf.data.Dataset.from_tensor_slices((x, 0 * x)).batch(batch_size)
-
-
-def test_evaluate_counts_each_example_once():
-    results = hvd.evaluate(create_model(), unequal_parts(), verbose=0)
-    expected = {
-        "loss": np.mean(np.arange(7.0) ** 2),
-        "mae": np.mean(np.arange(7.0)),
-    }
-    assert hvd.allgather_object(results) == [pytest.approx(expected)] * 2
-
-
-def test_evaluate_with_a_rank_that_has_one_example():
-    results = hvd.evaluate(
-        create_model(), unequal_parts(first=6, second=1), verbose=0
-    )
-    assert results["mae"] == pytest.approx(3.0)
-
-
-def test_exact_metrics_in_fit():
-    model = create_model()
-    training = [
-        tf.data.Dataset.from_tensor_slices(([[1.0], [3.0]], [[0.0], [0.0]])),
-        tf.data.Dataset.from_tensor_slices(([[5.0], [7.0]], [[0.0], [0.0]])),
-    ][hvd.rank()].batch(1)
-    history = model.fit(
-        training,
-        validation_data=unequal_parts(),
-        validation_freq=2,
-        epochs=2,
-        shuffle=False,
-        verbose=0,
-        callbacks=[
-            hvd.callbacks.BroadcastGlobalVariablesCallback(0),
-            hvd.callbacks.ExactMetrics(),
-        ],
-    ).history
-    for ranks_history in hvd.allgather_object(history):
-        assert ranks_history["mae"] == pytest.approx([4.0, 4.0])
-        assert ranks_history["loss"] == pytest.approx([21.0, 21.0])
-        assert ranks_history["val_mae"] == pytest.approx([3.0])
-        assert ranks_history["val_loss"] == pytest.approx([13.0])
-
-
-def test_states_of_keras_metrics_add_up():
-    """Predictions 0 .. 6 of targets 0, 2 .. 12."""
-    metrics = [
-        keras.metrics.RootMeanSquaredError(name="rmse"),
-        keras.metrics.R2Score(name="r2"),
-    ]
-    data = unequal_parts().map(lambda x, _: (x, 2 * x))
-    results = hvd.evaluate(create_model(metrics), data, verbose=0)
-    assert results["rmse"] == pytest.approx(13**0.5)
-    assert results["r2"] == pytest.approx(1 - 91 / 112)
-
-
-class Largest(keras.metrics.Metric):
-    """A metric whose states do not add up."""
-
-    def __init__(self):
-        super().__init__(name="largest")
-        self.value = self.add_variable((), "zeros", name="value")
-
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        self.value.assign(tf.maximum(self.value, tf.reduce_max(y_pred)))
-
-    def result(self):
-        return self.value
-
-
-def test_metrics_that_do_not_add_up_are_refused():
-    with pytest.raises(ValueError, match="'largest' is a Largest"):
-        hvd.evaluate(create_model([Largest()]), unequal_parts(), verbose=0)
-    with pytest.raises(ValueError, match="'largest' is a Largest"):
-        create_model([Largest()]).fit(
-            unequal_parts(first=2, second=2),
-            verbose=0,
-            shuffle=False,
-            callbacks=[hvd.callbacks.ExactMetrics()],
-        )
 
 
 def test_collectives_take_numbers_and_arrays():

@@ -1,9 +1,8 @@
-"""Callbacks that keep the ranks of a Keras 3 training alike."""
+"""Callbacks that give all ranks the same weights."""
 
 import keras
+import tensorflow as tf
 
-from horovod_recipes.keras.evaluation import check_metrics
-from horovod_recipes.keras.evaluation import global_results
 from horovod_recipes.keras.optimizer import is_distributed
 from horovod_recipes.keras.train_step import make_train_function
 from horovod_recipes.keras.variables import average_variables
@@ -20,15 +19,35 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     Args:
         root_rank: Integer, the rank to copy from.
+        device: String, the TensorFlow device that broadcasts. Defaults to
+            `""`, TensorFlow's choice.
+        local_variables: A variable or a list of variables of the model or the
+            optimizer that each rank keeps its own values of. Defaults to none.
 
     Raises:
-        ValueError: When training begins, if the model's optimizer does not
-            come from `DistributedOptimizer`: the ranks would drift apart.
+        ValueError: If `local_variables` holds anything else; when training
+            begins, if the model's optimizer does not come from
+            `DistributedOptimizer`: the ranks would drift apart.
     """
 
-    def __init__(self, root_rank):
+    def __init__(self, root_rank, device="", local_variables=None):
         super().__init__()
         self.root_rank = root_rank
+        self.device = device
+        self._local_variables = []
+        if _is_variable(local_variables):
+            local_variables = [local_variables]
+        for variable in local_variables or []:
+            self.register_local_var(variable)
+
+    def register_local_var(self, var):
+        """Leaves each rank its own value of a variable."""
+        if not _is_variable(var):
+            raise ValueError(
+                "Argument `local_variables` must hold keras.Variable or "
+                f"tf.Variable. Received: {var!r}"
+            )
+        self._local_variables.append(var)
 
     def on_train_begin(self, logs=None):
         optimizer = self.model.optimizer
@@ -43,9 +62,16 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         # `weights` leaves out what `variables` has: metrics and seeds.
-        broadcast_variables(
-            self.model.weights + optimizer.variables, self.root_rank
-        )
+        variables = [
+            variable
+            for variable in self.model.weights + optimizer.variables
+            if not any(
+                local is variable or local is variable.value
+                for local in self._local_variables
+            )
+        ]
+        with tf.device(self.device):
+            broadcast_variables(variables, self.root_rank)
 
 
 class AverageNonTrainableWeights(keras.callbacks.Callback):
@@ -64,40 +90,5 @@ class AverageNonTrainableWeights(keras.callbacks.Callback):
         average_variables(self.model.non_trainable_weights)
 
 
-class ExactMetrics(keras.callbacks.Callback):
-    """Puts into `logs` what one process would have measured on all examples.
-
-    Ranks may hold unequal numbers of examples. List it before the callbacks
-    that read `logs`. `model.evaluate` outside of `fit` returns before a
-    callback can act: use `horovod_recipes.keras.evaluate` there.
-
-    Raises:
-        ValueError: After the first step, if the state of a metric does not
-            add up over ranks.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._results = {}
-        self._checked = False
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._results = {}
-
-    def on_train_batch_end(self, batch, logs=None):
-        # Keras makes the metrics in the first step; refuse them then, not
-        # when the epoch ends.
-        if not self._checked:
-            check_metrics(self.model)
-            self._checked = True
-
-    def on_test_begin(self, logs=None):
-        # The metrics hold the training results until evaluation resets them.
-        self._results = global_results(self.model)
-
-    def on_test_end(self, logs=None):
-        for name, value in global_results(self.model).items():
-            self._results[f"val_{name}"] = value
-
-    def on_epoch_end(self, epoch, logs=None):
-        logs.update(self._results or global_results(self.model))
+def _is_variable(value):
+    return isinstance(value, (keras.Variable, tf.Variable))

@@ -1,0 +1,275 @@
+"""Metrics of all ranks together, on two ranks."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import horovod_recipes.keras as hvd
+
+
+def create_model(metrics=("mae",)):
+    model = keras.Sequential(
+        [
+            keras.Input((1,)),
+            keras.layers.Dense(
+                1, kernel_initializer="ones", bias_initializer="zeros"
+            ),
+        ]
+    )
+    model.compile(
+        hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)),
+        "mse",
+        metrics=list(metrics),
+    )
+    return model
+
+
+def unequal_parts(first=5, second=2, batch_size=2):
+    """Rank 0 holds 0 .. 4, rank 1 holds 5 and 6; targets are 0."""
+    numbers = [np.arange(first), np.arange(first, first + second)][hvd.rank()]
+    x = numbers.astype("float32")[:, np.newaxis]
+    return tf.data.Dataset.from_tensor_slices((x, 0 * x)).batch(batch_size)
+
+
+def test_evaluate_counts_each_example_once():
+    results = hvd.evaluate(create_model(), unequal_parts(), verbose=0)
+    expected = {
+        "loss": np.mean(np.arange(7.0) ** 2),
+        "mae": np.mean(np.arange(7.0)),
+    }
+    assert hvd.allgather_object(results) == [pytest.approx(expected)] * 2
+
+
+def test_evaluate_with_a_rank_that_has_one_example():
+    results = hvd.evaluate(
+        create_model(), unequal_parts(first=6, second=1), verbose=0
+    )
+    assert results["mae"] == pytest.approx(3.0)
+
+
+def test_exact_metrics_in_fit():
+    model = create_model()
+    training = [
+        tf.data.Dataset.from_tensor_slices(([[1.0], [3.0]], [[0.0], [0.0]])),
+        tf.data.Dataset.from_tensor_slices(([[5.0], [7.0]], [[0.0], [0.0]])),
+    ][hvd.rank()].batch(1)
+    history = model.fit(
+        training,
+        validation_data=unequal_parts(),
+        validation_freq=2,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[
+            hvd.callbacks.BroadcastGlobalVariablesCallback(0),
+            hvd.callbacks.ExactMetrics(),
+        ],
+    ).history
+    for ranks_history in hvd.allgather_object(history):
+        assert ranks_history["mae"] == pytest.approx([4.0, 4.0])
+        assert ranks_history["loss"] == pytest.approx([21.0, 21.0])
+        assert ranks_history["val_mae"] == pytest.approx([3.0])
+        assert ranks_history["val_loss"] == pytest.approx([13.0])
+
+
+# What they cannot be created without.
+ARGUMENTS = {
+    "IoU": {"num_classes": 3, "target_class_ids": [0, 2]},
+    "MeanIoU": {"num_classes": 3},
+    "MeanMetricWrapper": {"fn": keras.losses.mean_absolute_error},
+    "OneHotIoU": {"num_classes": 3, "target_class_ids": [0, 2]},
+    "OneHotMeanIoU": {"num_classes": 3},
+    "PrecisionAtRecall": {"recall": 0.5},
+    "RecallAtPrecision": {"precision": 0.5},
+    "SensitivityAtSpecificity": {"specificity": 0.5},
+    "SpecificityAtSensitivity": {"sensitivity": 0.5},
+}
+# Mean and Sum, which take no targets, are the bases of others.
+KERAS_METRICS = [
+    metric(name=name, **ARGUMENTS.get(name, {}))
+    for name, metric in vars(keras.metrics).items()
+    if isinstance(metric, type) and name not in ("Metric", "Mean", "Sum")
+]
+
+
+def examples_of(kind):
+    """Predictions and targets of 40 examples and 3 classes."""
+    rng = np.random.default_rng(0)
+    predictions = rng.dirichlet([1.0, 1.0, 1.0], size=40)
+    labels = rng.integers(3, size=(40, 1))
+    if kind == "labels":
+        return rng.integers(3, size=(40, 1)).astype("float32"), labels
+    if kind == "sparse":
+        return predictions, labels
+    return predictions, np.eye(3)[labels[:, 0]]
+
+
+def metrics_of(kind):
+    kinds = {"IoU": "labels", "MeanIoU": "labels"}
+    return [
+        metric
+        for metric in KERAS_METRICS
+        if kinds.get(
+            metric.name,
+            "sparse" if metric.name.startswith("Sparse") else "one-hot",
+        )
+        == kind
+    ]
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "sparse", "labels"])
+def test_every_keras_metric_is_that_of_one_process(kind):
+    assert len(metrics_of(kind)) >= 2
+    predictions, targets = examples_of(kind)
+    model = keras.Sequential(
+        [keras.Input(predictions.shape[1:]), keras.layers.Identity()]
+    )
+    model.compile(loss="mse", metrics=metrics_of(kind))
+    mine = [slice(0, 27), slice(27, 40)][hvd.rank()]
+    results = hvd.evaluate(
+        model, predictions[mine], targets[mine], batch_size=4, verbose=0
+    )
+    expected = model.evaluate(
+        predictions, targets, batch_size=4, verbose=0, return_dict=True
+    )
+    assert results.keys() == expected.keys()
+    for name, value in expected.items():
+        for of_rank in hvd.allgather_object(results[name]):
+            np.testing.assert_allclose(
+                of_rank, value, rtol=1e-5, atol=1e-6, err_msg=name
+            )
+
+
+def test_losses_of_several_outputs():
+    inputs = keras.Input((1,))
+    model = keras.Model(
+        inputs,
+        {
+            "a": keras.layers.Identity(name="a")(inputs),
+            "b": keras.layers.Rescaling(2.0, name="b")(inputs),
+        },
+    )
+    model.compile(loss={"a": "mse", "b": "mae"}, metrics={"b": ["mae"]})
+    data = unequal_parts().map(lambda x, y: (x, {"a": y, "b": y}))
+    results = hvd.evaluate(model, data, verbose=0)
+    expected = {"loss": 19.0, "a_loss": 13.0, "b_loss": 6.0, "b_mae": 6.0}
+    assert hvd.allgather_object(results) == [pytest.approx(expected)] * 2
+
+
+class Largest(keras.metrics.Metric):
+    """A metric whose states do not add up."""
+
+    def __init__(self):
+        super().__init__(name="largest")
+        self.value = self.add_variable((), "zeros", name="value")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign(tf.maximum(self.value, tf.reduce_max(y_pred)))
+
+    def result(self):
+        return self.value
+
+
+class Total(keras.metrics.Metric):
+    """A metric of which Keras does not know that its state adds up."""
+
+    states_add_up = True
+
+    def __init__(self):
+        super().__init__(name="total")
+        self.value = self.add_variable((), "zeros", name="value")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign_add(tf.reduce_sum(y_pred))
+
+    def result(self):
+        return {"total": self.value, "mean": self.value / 7}
+
+
+class MeanAndLargest(keras.metrics.Mean):
+    """A mean with one more state, which does not add up."""
+
+    def __init__(self):
+        super().__init__(name="mean_and_largest")
+        self.largest = self.add_variable((), "zeros", name="largest")
+
+
+class Half(keras.metrics.Sum):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(y_pred / 2)
+
+
+def test_metrics_of_ones_own_that_add_up():
+    model = create_model([Total(), Half(name="half")])
+    results = hvd.evaluate(model, unequal_parts(), verbose=0)
+    expected = {"loss": 13.0, "total": 21.0, "mean": 3.0, "half": 10.5}
+    assert hvd.allgather_object(results) == [pytest.approx(expected)] * 2
+
+
+def test_metrics_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match="'mean_and_largest' is a MeanAnd"):
+        hvd.evaluate(
+            create_model([MeanAndLargest()]), unequal_parts(), verbose=0
+        )
+    with pytest.raises(ValueError, match="'largest' is a Largest"):
+        hvd.evaluate(create_model([Largest()]), unequal_parts(), verbose=0)
+    with pytest.raises(ValueError, match="'largest' is a Largest"):
+        create_model([Largest()]).fit(
+            unequal_parts(first=2, second=2),
+            verbose=0,
+            shuffle=False,
+            callbacks=[hvd.callbacks.ExactMetrics()],
+        )
+
+
+def test_a_rank_without_examples():
+    """A generator, unlike a dataset, tells Keras nothing before it begins."""
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 1 - hvd.rank()
+
+        def __getitem__(self, index):
+            return np.ones((2, 1)), np.zeros((2, 1))
+
+    model = create_model()
+    if hvd.rank() == 0:
+        model.evaluate(Batches(), verbose=0)
+    with pytest.raises(
+        ValueError, match=r"1 example or more\?.*rank 1: \[\(\)"
+    ):
+        hvd.callbacks.metrics.global_results(model)
+
+
+def test_metric_average_counts_ranks_alike():
+    logs = [{"b": 1.0, "a": 4.0, "c": np.array([1.0, 2.0])}, {}][hvd.rank()]
+    if hvd.rank() == 1:
+        logs = {"a": 6.0, "b": 0.0, "c": np.array([3.0, 5.0])}
+    hvd.callbacks.MetricAverageCallback().on_epoch_end(0, logs)
+    for of_rank in hvd.allgather_object(logs):
+        np.testing.assert_array_equal(of_rank.pop("c"), [2.0, 3.5])
+        assert of_rank == {"a": 5.0, "b": 0.5}
+
+
+def test_metric_average_in_fit():
+    """Mean absolute values: 2 on rank 0, of 5 examples; 5.5 on rank 1."""
+    history = create_model().fit(
+        unequal_parts(first=4, second=3),
+        verbose=0,
+        shuffle=False,
+        callbacks=[
+            hvd.callbacks.BroadcastGlobalVariablesCallback(0),
+            hvd.callbacks.MetricAverageCallback(),
+        ],
+    )
+    for of_rank in hvd.allgather_object(history.history):
+        assert of_rank["mae"] == pytest.approx([(1.5 + 5) / 2])
+
+
+def test_metric_average_names_logs_that_differ():
+    logs = [{"a": 1.0}, {"b": 1.0}][hvd.rank()]
+    with pytest.raises(
+        ValueError, match=r"rank 0 has \['a'\] and rank 1 has \['b'\]"
+    ):
+        hvd.callbacks.MetricAverageCallback().on_epoch_end(0, logs)
