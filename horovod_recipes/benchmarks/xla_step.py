@@ -3,9 +3,8 @@
     python -m horovod_recipes.benchmarks.xla_step
 
 makes updates of ResNet-50 on generated images as a job of one rank does, with
-the config's `xla` and without, which take turns. The allreduce, of one rank, and
-the update are outside of XLA's program in both. The first call traces and
-compiles.
+the config's `xla` and without, which take turns. The update is a program of its
+own in both. The first call traces and compiles.
 """
 
 import time

@@ -44,6 +44,9 @@ def make_train_function(model):
 
 def obstacle_to_xla(model):
     """Returns why the training step cannot be split; None if it can."""
+    # The program would keep the loss scale of an optimizer without variables.
+    if not model.built:
+        return "it is not built before its first step"
     # The metrics are updated before the weights, which Keras's own step does
     # not notice.
     if type(model).train_step is not keras.Model.train_step:

@@ -103,6 +103,8 @@ class Mixed(keras.Model):
             1, use_bias=False, kernel_initializer="ones", dtype="mixed_float16"
         )
 
+        self.build((None, 1))
+
     def call(self, inputs):
         return self.dense(inputs)
 

@@ -17,6 +17,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     from before the optimizer was distributed is not used again; where the model
     was compiled with `jit_compile`, XLA compiles it up to the allreduce.
 
+    A model that gets its weights in step 1, for want of an input shape, gets
+    those of `root_rank` after it.
+
     Args:
         root_rank: Integer, the rank to copy from.
         device: String, the TensorFlow device that broadcasts. Defaults to
@@ -59,12 +62,22 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 "a LossScaleOptimizer goes inside it."
             )
         make_train_function(self.model)
-        if not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
+        self._pending = not self.model.built
+        if self.model.built:
+            if not optimizer.built:
+                optimizer.build(self.model.trainable_variables)
+            self._broadcast()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._pending:
+            self._broadcast()
+            self._pending = False
+
+    def _broadcast(self):
         # `weights` leaves out what `variables` has: metrics and seeds.
         variables = [
             variable
-            for variable in self.model.weights + optimizer.variables
+            for variable in self.model.weights + self.model.optimizer.variables
             if not any(
                 local is variable or local is variable.value
                 for local in self._local_variables
