@@ -33,11 +33,10 @@ def DistributedOptimizer(
     """Makes a Keras optimizer apply the mean of all ranks' gradients.
 
     The optimizer is changed and returned; its class, config and state stay
-    what they were, so that a model saved with it loads without Horovod. Under
-    the global policy `mixed_float16` it is put inside a `LossScaleOptimizer`,
-    as `compile()` would do. All ranks check the same gradients for infinities
-    and skip or take a step together, also where a `LossScaleOptimizer` is put
-    around the result later, by `compile()` or by you.
+    what they were, so that a model saved with it loads without Horovod. Where a
+    `LossScaleOptimizer` is inside it, or is put around it, as `compile()` does
+    under the policy `mixed_float16`, all ranks check the same gradients for
+    infinities, and skip or take a step together.
 
     `register_local_var(variable)` of the result leaves the gradients of a
     trainable variable to each rank; call it before the first step.
@@ -78,7 +77,7 @@ def DistributedOptimizer(
             global batch's mean. Defaults to `True`.
 
     Returns:
-        `optimizer`, or the `LossScaleOptimizer` around it.
+        `optimizer`.
 
     Raises:
         ValueError: If an argument is out of its range, or the optimizer is
@@ -116,10 +115,6 @@ def DistributedOptimizer(
         process_set,
         scale_local_gradients,
     )
-    mixed_float16 = keras.config.dtype_policy().name == "mixed_float16"
-    loss_scale = keras.optimizers.LossScaleOptimizer
-    if mixed_float16 and not isinstance(optimizer, loss_scale):
-        optimizer = loss_scale(optimizer, name="loss_scale_optimizer")
     optimizer.apply = _DistributedApply(
         optimizer,
         reduction,
@@ -327,8 +322,7 @@ def _distribute_loss_scale_optimizers():
     Keras's own looks for infinities in the gradients of its rank, and calls the
     optimizer inside only if there are none: one rank's infinity would leave the
     others waiting in the allreduce for ever. `compile()` makes one, of which
-    nobody else knows, where the model has the policy `mixed_float16` and the
-    optimizer was distributed under another; so Keras's class is changed.
+    nobody else knows, so Keras's class is changed.
     """
     loss_scale = keras.optimizers.LossScaleOptimizer
     plain_init = loss_scale.__init__

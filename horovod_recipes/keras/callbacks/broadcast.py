@@ -58,8 +58,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"The model was compiled with {type(optimizer).__name__}, "
                 "which would not average gradients over the ranks. Use "
-                "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras; "
-                "a LossScaleOptimizer goes inside it."
+                "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras."
             )
         make_train_function(self.model)
         self._pending = not self.model.built
