@@ -1,8 +1,9 @@
 """From an encoded image to pixels of one size: decode, crop, resize, flip.
 
-A JPEG is decoded only where its crop is. Every function returns uint8
-`[height, width, channels]`; random ones take a stateless seed, a pair of
-integers.
+A JPEG is decoded only where its crop is. Every function takes an encoded image,
+a stateless seed, which is a pair of integers, the shape of the result, and
+whether the image is known to be a JPEG, so that there is no need to look; it
+returns uint8 `[height, width, channels]`.
 """
 
 import math
@@ -14,12 +15,16 @@ import tensorflow as tf
 CROP_FRACTION = 224 / 256
 
 
-def whole(encoded, seed, shape):
+def whole(encoded, seed, shape, is_jpeg=False):
     """The whole image, resized where its size is another."""
-    return _resize(_decode_any(encoded, shape), shape)
+    if is_jpeg:
+        image = tf.io.decode_jpeg(encoded, channels=shape[-1])
+    else:
+        image = _decode_any(encoded, shape)
+    return _resize(image, shape)
 
 
-def random_affine(encoded, seed, shape):
+def random_affine(encoded, seed, shape, is_jpeg=False):
     """Turns, scales and moves an image a little, about its centre.
 
     By up to 10 degrees, 10 % and 2 pixels; black comes in at the edges.
@@ -42,7 +47,7 @@ def random_affine(encoded, seed, shape):
         0.0,
     ]
     return tf.raw_ops.ImageProjectiveTransformV3(
-        images=whole(encoded, seed, shape)[tf.newaxis],
+        images=whole(encoded, seed, shape, is_jpeg)[tf.newaxis],
         transforms=tf.stack(transform)[tf.newaxis],
         output_shape=[height, width],
         fill_value=0.0,
@@ -51,7 +56,7 @@ def random_affine(encoded, seed, shape):
     )[0]
 
 
-def minimal(encoded, seed, shape):
+def minimal(encoded, seed, shape, is_jpeg=False):
     """The paper's: scaled to 256 x 256, a random 224 x 224 of it, flipped.
 
     The image is not scaled as a whole: what the crop shows of it is decoded
@@ -64,10 +69,10 @@ def minimal(encoded, seed, shape):
         extent = CROP_FRACTION * size
         return tf.concat([[top, left] * (size - extent), extent], axis=0)
 
-    return _flip_if(flip < 0.5, _crop(encoded, window, shape))
+    return _flip_if(flip < 0.5, _crop(encoded, window, shape, is_jpeg))
 
 
-def inception(encoded, seed, shape):
+def inception(encoded, seed, shape, is_jpeg=False):
     """A crop of 8 to 100 % of the area and 3:4 to 4:3, resized, flipped.
 
     As Szegedy et al. have it, arXiv 1409.4842, section 6. Where ten tries find
@@ -90,20 +95,20 @@ def inception(encoded, seed, shape):
         return tf.concat([begin[:2], extent[:2]], axis=0)
 
     (flip,) = tf.unstack(_uniform(flip_seed, 1))
-    return _flip_if(flip < 0.5, _crop(encoded, window, shape))
+    return _flip_if(flip < 0.5, _crop(encoded, window, shape, is_jpeg))
 
 
-def centre_of_scaled(encoded, seed, shape):
+def centre_of_scaled(encoded, seed, shape, is_jpeg=False):
     """Scaled to 256 x 256, the 224 x 224 in the middle: the paper's test."""
 
     def window(size):
         extent = CROP_FRACTION * size
         return tf.concat([(size - extent) / 2, extent], axis=0)
 
-    return _crop(encoded, window, shape)
+    return _crop(encoded, window, shape, is_jpeg)
 
 
-def centre_square(encoded, seed, shape):
+def centre_square(encoded, seed, shape, is_jpeg=False):
     """The square in the middle, 7/8 of the shorter side wide, resized."""
 
     def window(size):
@@ -111,7 +116,7 @@ def centre_square(encoded, seed, shape):
         extent = tf.stack([side, side])
         return tf.concat([(size - extent) / 2, extent], axis=0)
 
-    return _crop(encoded, window, shape)
+    return _crop(encoded, window, shape, is_jpeg)
 
 
 def _uniform(seed, count):
@@ -119,7 +124,7 @@ def _uniform(seed, count):
     return tf.raw_ops.StatelessRandomUniform(shape=[count], seed=seed)
 
 
-def _crop(encoded, window, shape):
+def _crop(encoded, window, shape, is_jpeg):
     """Decodes a window of an image, and resizes it.
 
     Args:
@@ -127,6 +132,7 @@ def _crop(encoded, window, shape):
         window: Function of the image's height and width, float32 `[2]`, that
             returns top, left, height and width, float32 or int32 `[4]`.
         shape: Tuple of the result.
+        is_jpeg: Whether it is known to be a JPEG.
     """
 
     def rounded(size):
@@ -147,8 +153,11 @@ def _crop(encoded, window, shape):
         top, left, height, width = tf.unstack(rounded(tf.shape(image)[:2]))
         return image[top : top + height, left : left + width]
 
-    # ImageNet has a PNG under the name of a JPEG.
-    image = tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others)
+    if is_jpeg:
+        image = of_jpeg()
+    else:
+        # ImageNet has a PNG under the name of a JPEG.
+        image = tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others)
     return _resize(image, shape)
 
 

@@ -11,6 +11,12 @@ import tensorflow as tf
 
 from horovod_recipes.augmentations import AUGMENTATIONS
 
+# Images that are parsed and checked together, and decoded by one thread: so
+# many that what is done once for all of them does not count.
+GROUP_SIZE = 32
+# What the data of every JPEG begin with.
+JPEG_MARK = b"\xff\xd8\xff"
+
 
 class CorruptImages:
     """What to do with images that cannot be decoded, and which were met.
@@ -25,13 +31,23 @@ class CorruptImages:
         self.action = action
         self.names = set()
 
-    def skip(self, name):
-        """Records a name; called by the pipeline, on any thread."""
-        name = name.decode()
-        if name not in self.names:
-            self.names.add(name)
-            print(f"warning: skipped corrupt image {name}", file=sys.stderr)
-        return False
+    def handle(self, names):
+        """Returns an operation for the pipeline, given the names of a group."""
+        if self.action == "stop":
+            return _error_if_any("corrupt image: ", names)
+        return tf.cond(
+            tf.equal(tf.size(names), 0),
+            lambda: True,
+            lambda: tf.numpy_function(self._skip, [names], tf.bool),
+        )
+
+    def _skip(self, names):
+        for name in names:
+            name = name.decode()
+            if name not in self.names:
+                self.names.add(name)
+                print(f"warning: skipped corrupt image {name}", file=sys.stderr)
+        return True
 
 
 def training_batches(
@@ -76,7 +92,7 @@ def training_batches(
     rank_seed = tf.random.experimental.stateless_fold_in([seed, 0], rank)
     buffer_size = config.shuffle_buffer
     if config.cache:
-        cached = source.examples(config.train_split, rank, ranks).cache()
+        cached = source.records(config.train_split, rank, ranks).cache()
         # The buffer holds references to what the cache holds anyway.
         buffer_size = source.num_examples(config.train_split) // ranks + 1
 
@@ -88,30 +104,26 @@ def training_batches(
             [], epoch_seed, minval=None, maxval=None, dtype=tf.int64
         )
         if config.cache:
-            examples = cached
+            records = cached
         else:
-            examples = source.examples(config.train_split, rank, ranks, order)
-        examples = examples.shuffle(buffer_size, seed=order)
+            records = source.records(config.train_split, rank, ranks, order)
+        records = records.shuffle(buffer_size, seed=order)
         done = tf.where(epoch == first_epoch, first_batch, 0)
         done = tf.cast(done, tf.int64)
         if corrupt_images.action == "skip":
             # What is skipped is made up for from a second pass.
-            examples = examples.repeat(2).enumerate()
+            records = records.repeat(2).enumerate()
         else:
             # Batches that are done already are not decoded.
-            examples = examples.enumerate().skip(done * batch_size)
-        images = _decode(
-            examples,
-            lambda index, encoded: augmentation(
-                encoded,
-                tf.random.experimental.stateless_fold_in(epoch_seed, index),
-                shape,
-            ),
-            shape,
-            source.num_classes,
-            corrupt_images,
+            records = records.enumerate().skip(done * batch_size)
+        # A seed for each image is this number and the image's index.
+        key, _ = tf.unstack(
+            tf.random.experimental.stateless_fold_in(epoch_seed, 0)
         )
-        batches = images.batch(batch_size, drop_remainder=True)
+        groups = _decode(
+            records, source, augmentation, key, shape, corrupt_images
+        )
+        batches = groups.rebatch(batch_size, drop_remainder=True)
         missing = _error_instead_of_a_batch(batches.element_spec)
         batches = batches.concatenate(missing)
         if corrupt_images.action == "skip":
@@ -136,56 +148,79 @@ def evaluation_batches(
     """
     shape = source.image_shape(config.image_size)
     _, crop = AUGMENTATIONS[config.augmentation]
-    images = _decode(
-        source.examples(config.test_split, rank, ranks).enumerate(),
-        lambda index, encoded: crop(encoded, None, shape),
-        shape,
-        source.num_classes,
-        corrupt_images,
-    )
-    batches = images.batch(batch_size)
+    records = source.records(config.test_split, rank, ranks).enumerate()
+    groups = _decode(records, source, crop, 0, shape, corrupt_images)
+    batches = groups.rebatch(batch_size)
     return batches.prefetch(tf.data.AUTOTUNE).with_options(_options(threads))
 
 
-def _decode(examples, crop, shape, num_classes, corrupt_images):
-    """Makes each numbered example an image and a label; finds the corrupt."""
+def _decode(records, source, augmentation, key, shape, corrupt_images):
+    """Makes numbered records images and labels, in groups; finds the corrupt.
 
-    def decode_or_mark(index, example):
-        # A graph cannot catch an error, but a dataset can drop its element.
-        good = tf.data.Dataset.from_tensors(example["image"])
-        good = good.map(lambda encoded: (crop(index, encoded), True))
-        bad = tf.data.Dataset.from_tensors((tf.zeros(shape, tf.uint8), False))
-        either = good.ignore_errors().concatenate(bad).take(1)
-        image, is_good = either.get_single_element()
-        name, label = example["name"], example["label"]
-        if corrupt_images.action == "stop":
-            image = _or_error(is_good, "corrupt image: ", name, image)
-        image = _or_error(
-            (label >= 0) & (label < num_classes),
-            f"label out of the range 0 to {num_classes - 1}: ",
-            name,
-            image,
+    All but decoding and cropping is done once a group: an operation takes about
+    as long for one image as for many.
+    """
+
+    def decode_group(indices, record):
+        example = source.parse(*record)
+        encoded, labels, names = (
+            example[part] for part in ("image", "label", "name")
         )
-        return image, label, is_good, name
+        count = tf.size(labels, tf.int64)
+        seeds = tf.stack([tf.fill([count], tf.cast(key, tf.int64)), indices], 1)
 
-    def keep(image, label, is_good, name):
-        return tf.cond(
-            is_good,
-            lambda: True,
-            lambda: tf.numpy_function(corrupt_images.skip, [name], tf.bool),
+        def augmented(is_jpeg):
+            images = tf.data.Dataset.from_tensor_slices(
+                (encoded, seeds, tf.range(count))
+            ).map(
+                lambda encoded, seed, place: (
+                    augmentation(encoded, seed, shape, is_jpeg),
+                    place,
+                )
+            )
+            none = (tf.zeros([0, *shape], tf.uint8), tf.zeros([0], tf.int64))
+            # A graph cannot catch an error, but a dataset can drop its element.
+            return (
+                images.ignore_errors()
+                .batch(count)
+                .concatenate(tf.data.Dataset.from_tensors(none))
+                .take(1)
+                .get_single_element()
+            )
+
+        images, good = tf.cond(
+            tf.reduce_all(tf.strings.substr(encoded, 0, 3) == JPEG_MARK),
+            lambda: augmented(is_jpeg=True),
+            lambda: augmented(is_jpeg=False),
         )
+        is_good = tf.scatter_nd(
+            good[:, tf.newaxis], tf.ones_like(good), [count]
+        )
+        corrupt = tf.boolean_mask(names, is_good == 0)
+        is_known = (labels >= 0) & (labels < source.num_classes)
+        unknown = tf.boolean_mask(names, ~is_known)
+        with tf.control_dependencies(
+            [
+                corrupt_images.handle(corrupt),
+                _error_if_any(
+                    f"label out of the range 0 to {source.num_classes - 1}: ",
+                    unknown,
+                ),
+            ]
+        ):
+            return tf.identity(images), tf.gather(labels, good)
 
-    decoded = examples.map(decode_or_mark, num_parallel_calls=tf.data.AUTOTUNE)
-    if corrupt_images.action == "skip":
-        decoded = decoded.filter(keep)
-    return decoded.map(lambda image, label, is_good, name: (image, label))
+    return records.batch(GROUP_SIZE).map(
+        decode_group, num_parallel_calls=tf.data.AUTOTUNE
+    )
 
 
-def _or_error(condition, message, name, image):
-    """Returns the image, after an error with this message if need be."""
-    check = tf.debugging.Assert(condition, [tf.strings.join([message, name])])
-    with tf.control_dependencies([check]):
-        return tf.identity(image)
+def _error_if_any(message, names):
+    """Returns an operation that fails and names the first, if there is one."""
+    first = tf.strings.reduce_join(names[:1])
+    return tf.debugging.Assert(
+        tf.equal(tf.size(names), 0), [tf.strings.join([message, first])]
+    )
 
 
 def _error_instead_of_a_batch(element_spec):

@@ -1,6 +1,7 @@
 """Where images come from: a TFDS dataset, or a folder of class folders.
 
-A source gives encoded images with their labels and names, a shard a rank.
+A source gives the records of a rank's shard, and makes batches of them encoded
+images with their labels and names.
 """
 
 import pathlib
@@ -98,8 +99,8 @@ class TfdsSource:
         shape = self._builder.info.features[self._image].shape
         return _sized(shape, image_size, self.name)
 
-    def examples(self, split, rank, ranks, order=None):
-        """Returns the encoded images of a rank's shard.
+    def records(self, split, rank, ranks, order=None):
+        """Returns what is on disk of a rank's shard, to be shuffled and parsed.
 
         Args:
             split: String.
@@ -110,8 +111,7 @@ class TfdsSource:
                 None for the order on disk.
 
         Returns:
-            A `tf.data.Dataset` of dicts: `image`, a JPEG or PNG as a string,
-            `label`, int64, and `name`, the file and the place in it.
+            A `tf.data.Dataset` of tuples, an example each, for `parse`.
         """
         shard = self._builder.info.splits[tfds.even_splits(split, ranks)[rank]]
         files = shard.file_instructions
@@ -126,34 +126,43 @@ class TfdsSource:
         if order is not None:
             parts = parts.shuffle(len(files), seed=order)
         return parts.interleave(
-            self._read_part,
+            _read_part,
             cycle_length=FILES_AT_ONCE,
             num_parallel_calls=tf.data.AUTOTUNE,
-        ).map(self._parse, num_parallel_calls=tf.data.AUTOTUNE)
-
-    def _read_part(self, path, skip, take):
-        records = tf.data.TFRecordDataset(path).enumerate()
-        file = tf.strings.split(path, "/")[-1]
-        return (
-            records.skip(skip)
-            .take(take)
-            .map(
-                lambda index, record: (
-                    record,
-                    tf.strings.join([file, "__", tf.strings.as_string(index)]),
-                )
-            )
         )
 
-    def _parse(self, record, name):
-        example = self._builder.info.features.deserialize_example(
-            record, decoders={self._image: tfds.decode.SkipDecoding()}
+    def parse(self, record, path, place):
+        """Makes a batch of examples of a batch of records.
+
+        Returns:
+            A dict: `image`, JPEGs or PNGs as strings, `label`, int64, and
+            `name`, the file and the place in it; each `[batch]`.
+        """
+        example = tf.io.parse_example(
+            record,
+            {
+                self._image: tf.io.FixedLenFeature([], tf.string),
+                self._label: tf.io.FixedLenFeature([], tf.int64),
+            },
         )
+        file = tf.strings.regex_replace(path, ".*/", "")
         return {
             "image": example[self._image],
             "label": example[self._label],
-            "name": name,
+            "name": tf.strings.join([file, "__", tf.strings.as_string(place)]),
         }
+
+
+def _read_part(path, skip, take):
+    """Returns the records of a part of a file, with its path and their places.
+
+    Without a function an element, which would take longer than the reading.
+    """
+    return tf.data.Dataset.zip(
+        tf.data.TFRecordDataset(path).skip(skip).take(take),
+        tf.data.Dataset.from_tensors(path).repeat(),
+        tf.data.Dataset.range(skip, tf.int64.max),
+    )
 
 
 class FolderSource:
@@ -191,8 +200,8 @@ class FolderSource:
         """Returns the shape that the model sees."""
         return _sized((None, None, 3), image_size, self.name)
 
-    def examples(self, split, rank, ranks, order=None):
-        """Returns the encoded images of a rank's shard, as `TfdsSource`."""
+    def records(self, split, rank, ranks, order=None):
+        """Returns the files of a rank's shard, read, as `TfdsSource`."""
         paths = self._paths(split)[rank::ranks]
         labels = [self._classes.index(path.parent.name) for path in paths]
         files = tf.data.Dataset.from_tensor_slices(
@@ -201,13 +210,13 @@ class FolderSource:
         if order is not None:
             files = files.shuffle(len(paths), seed=order)
         return files.map(
-            lambda path, label: {
-                "image": tf.io.read_file(path),
-                "label": label,
-                "name": path,
-            },
+            lambda path, label: (tf.io.read_file(path), label, path),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+
+    def parse(self, image, label, name):
+        """Names the parts of a batch of records, as `TfdsSource`."""
+        return {"image": image, "label": label, "name": name}
 
     def _paths(self, split):
         return sorted(

@@ -46,6 +46,7 @@ from horovod.tensorflow import start_timeline
 from horovod.tensorflow import stop_timeline
 
 from horovod_recipes.keras import callbacks
+from horovod_recipes.keras import elastic
 from horovod_recipes.keras.collectives import allgather
 from horovod_recipes.keras.collectives import allreduce
 from horovod_recipes.keras.collectives import broadcast
@@ -82,6 +83,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "elastic",
     "evaluate",
     "global_process_set",
     "gloo_built",

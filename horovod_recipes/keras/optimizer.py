@@ -188,6 +188,18 @@ def is_distributed(optimizer):
     return isinstance(optimizer.apply, _DistributedApply)
 
 
+def is_within_update(optimizer):
+    """Whether gradients wait for more micro-batches before the next update."""
+    apply = optimizer.apply
+    return isinstance(apply, _DistributedApply) and apply.passes_done() > 0
+
+
+def discard_accumulated(optimizer):
+    """Forgets the gradients that wait for the next update."""
+    if is_within_update(optimizer):
+        optimizer.apply.discard()
+
+
 class _DistributedApply:
     """Stands in for an optimizer's `apply`: accumulates, reduces, applies.
 
@@ -274,6 +286,16 @@ class _DistributedApply:
             self._local_apply(grads, variables)
         finally:
             self._inner._gets_reduced = False
+
+    def passes_done(self):
+        """Returns the number of micro-batches since the last update."""
+        return 0 if self._passes_done is None else int(self._passes_done)
+
+    def discard(self):
+        """Forgets the gradients of those micro-batches."""
+        for accumulator in self._accumulators:
+            accumulator.assign(tf.zeros_like(accumulator))
+        self._passes_done.assign(0)
 
     def _create_accumulators(self, variables):
         with tf.init_scope():

@@ -183,6 +183,41 @@ def test_corrupt_image_is_skipped_and_counted(source, tmp_path, capsys):
     assert [warnings.count(name) for name in names] == [1, 1]
 
 
+def photos_of_greys(folder, corrupt):
+    """Writes 40 images, every eighth a PNG under the name of a JPEG."""
+    (folder / "test" / "grey").mkdir(parents=True)
+    for number in range(40):
+        pixels = np.full((8, 8, 3), 6 * number, np.uint8)
+        encode = tf.io.encode_png if number % 8 == 7 else tf.io.encode_jpeg
+        encoded = encode(pixels).numpy()
+        path = folder / "test" / "grey" / f"{number:02d}.jpg"
+        path.write_bytes(b"" if number in corrupt else encoded)
+    return load_source("folder", str(folder))
+
+
+# A group has 32: one PNG in each, the corrupt first and last, none good.
+@pytest.mark.parametrize("corrupt", [[], [0, 31, 39], range(32, 40)])
+def test_groups_of_jpegs_and_pngs_and_corrupt_images(tmp_path, corrupt):
+    action = input_pipeline.CorruptImages("skip")
+    batches = input_pipeline.evaluation_batches(
+        photos_of_greys(tmp_path, corrupt),
+        dataset_config(test_split="test", image_size=8),
+        rank=0,
+        ranks=1,
+        batch_size=7,
+        threads=2,
+        corrupt_images=action,
+    )
+    sizes, greys = [], []
+    for images, labels in batches:
+        sizes.append(len(labels))
+        greys += [round(grey / 6) for grey in images.numpy().mean((1, 2, 3))]
+    good = [number for number in range(40) if number not in corrupt]
+    assert greys == good
+    assert set(sizes[:-1]) == {7}
+    assert len(action.names) == len(corrupt)
+
+
 def test_skipped_images_are_made_up_for_within_the_epoch(tmp_path):
     folder, _ = write_corrupt_copy(tmp_path, "train", [3, 5])
     batches = training(

@@ -56,10 +56,14 @@ def imagenet(tmp_path_factory):
 def examples(source, split, rank=0, ranks=1, order=None):
     """Returns the images, labels and names of a shard, in their order."""
     return [
-        (example["image"], int(example["label"]), example["name"].decode())
-        for example in source.examples(
-            split, rank, ranks, order
-        ).as_numpy_iterator()
+        (image, int(label), name.decode())
+        for group in source.records(split, rank, ranks, order)
+        .batch(5)
+        .map(source.parse)
+        .as_numpy_iterator()
+        for image, label, name in zip(
+            group["image"], group["label"], group["name"], strict=True
+        )
     ]
 
 
