@@ -24,11 +24,15 @@ def DistributedGradientTape(
     For a training loop of one's own, with an optimizer that is not
     distributed:
 
-        with tf.GradientTape() as tape:
-            loss = loss_fn(labels, model(images, training=True))
-        tape = hvd.DistributedGradientTape(tape)
-        grads = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(grads, model.trainable_variables)
+    >>> import keras
+    >>> import horovod_recipes.keras as hvd
+    >>> hvd.init()
+    >>> weight = keras.Variable(3.0)
+    >>> with tf.GradientTape() as tape:
+    ...     loss = weight.value**2
+    >>> tape = hvd.DistributedGradientTape(tape)
+    >>> float(tape.gradient(loss, weight))
+    6.0
 
     Args:
         gradtape: A `tf.GradientTape`, before or after its `with`. It stays

@@ -38,7 +38,7 @@ def DistributedOptimizer(
     under the policy `mixed_float16`, all ranks check the same gradients for
     infinities, and skip or take a step together.
 
-    `register_local_var(variable)` of the result leaves the gradients of a
+    `register_local_var(var)` of the result leaves the gradients of a
     trainable variable to each rank; call it before the first step.
 
     Args:

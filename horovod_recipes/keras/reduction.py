@@ -3,6 +3,7 @@
 `DistributedOptimizer` and `DistributedGradientTape` share it.
 """
 
+import functools
 import warnings
 
 import horovod.tensorflow as hvd
@@ -39,6 +40,11 @@ class GradientReduction:
         scale_local_gradients,
     ):
         _check_op(op, gradient_predivide_factor)
+        if process_set.process_set_id is None:
+            raise ValueError(
+                "Argument `process_set` is not known to Horovod: pass it to "
+                "hvd.init(process_sets=[...]), or to hvd.add_process_set."
+            )
         self._groups = _checked_groups(groups, num_groups)
         self._name = name
         self._device_dense = device_dense
@@ -51,9 +57,9 @@ class GradientReduction:
         self._scale_local_gradients = scale_local_gradients
         self._local_keys = set()
 
-    def register_local(self, variable):
-        """Leaves the variable's gradients to each rank, from now on."""
-        self._local_keys.add(_key(variable))
+    def register_local(self, var):
+        """Leaves a variable's gradients to each rank, from now on."""
+        self._local_keys.add(_key(var))
 
     def is_local(self, variable):
         return _key(variable) in self._local_keys
@@ -147,18 +153,10 @@ class GradientReduction:
         values, context = self._compression.compress(
             tf.cast(slices.values, _sent_dtype(dtype))
         )
+        gather = functools.partial(hvd.allgather, process_set=self._process_set)
         with tf.device(self._device_sparse):
-            values, indices = (
-                hvd.allgather(
-                    tensor,
-                    name=f"{name}_{part}",
-                    process_set=self._process_set,
-                )
-                for tensor, part in (
-                    (values, "values"),
-                    (slices.indices, "indices"),
-                )
-            )
+            values = gather(values, name=f"{name}_values")
+            indices = gather(slices.indices, name=f"{name}_indices")
         values = self._compression.decompress(values, context)
         # On a GPU the order of these additions, and so the last bit of their
         # sum, would differ between ranks.
@@ -170,9 +168,9 @@ class GradientReduction:
         total = tf.IndexedSlices(
             tf.cast(values, dtype), rows, slices.dense_shape
         )
-        return (
-            _divide(total, self._size()) if self._op == hvd.Average else total
-        )
+        if self._op == hvd.Sum:
+            return total
+        return _divide(total, self._size())
 
     def _size(self):
         # An operation rather than a number: an elastic job changes its size.

@@ -200,22 +200,6 @@ def test_mixed_float16_needs_no_wrapping():
     assert largest_difference(weights) == 0.0
 
 
-def test_sparse_and_bfloat16_gradients():
-    table = keras.Variable(np.ones((3, 2), "float32"), name="embeddings")
-    half = keras.Variable(np.ones(2), dtype="bfloat16", name="kernel")
-    optimizer = hvd.DistributedOptimizer(sgd())
-    row = tf.IndexedSlices(
-        tf.ones((1, 2)), tf.constant([hvd.rank()]), tf.constant([3, 2])
-    )
-    optimizer.apply(
-        [row, tf.fill(2, tf.cast(hvd.rank(), tf.bfloat16))], [table, half]
-    )
-    np.testing.assert_allclose(
-        table.numpy(), [[0.75] * 2, [0.75] * 2, [1.0] * 2]
-    )
-    np.testing.assert_allclose(half.numpy().astype(float), [0.75, 0.75])
-
-
 def test_accumulated_gradients_belong_to_their_variables():
     first, second = keras.Variable([0.0]), keras.Variable([0.0])
     one, ten = tf.constant([1.0]), tf.constant([10.0])
@@ -280,7 +264,6 @@ def test_variables_without_gradient_stay(passes):
     ("arguments", "match"),
     [
         (dict(optimizer="sgd"), "keras.optimizers.Optimizer"),
-        (dict(op=hvd.Compression), "`op`"),
         (dict(backward_passes_per_step=0), "backward_passes_per_step"),
     ],
 )
