@@ -20,6 +20,7 @@ COUNTS = (
     "checkpoint_every_epochs",
     "keep_checkpoints",
     "log_trust_ratios_every_steps",
+    "check_replicas_every_steps",
 )
 KEYS = COUNTS + (
     "model.name",

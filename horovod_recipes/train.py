@@ -71,8 +71,9 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         StoppedBySigterm: On every rank, after a SIGTERM to any of them, with a
             checkpoint saved.
         JobError: On every rank, if the config, the data or `workdir` do not
-            serve, if the weights are no longer finite, if an image cannot be
-            decoded, or if a checkpoint cannot be written.
+            serve, if the weights are no longer finite or differ between ranks,
+            if an image cannot be decoded, or if a checkpoint cannot be
+            written.
     """
     workdir = pathlib.Path(workdir)
     with raised_on_every_rank():
@@ -131,6 +132,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
                     measured.get("metric_sums") if hvd.rank() == 0 else None
                 ),
                 training_callbacks.StopOnNonFinite(),
+                hvd.callbacks.ReplicaCheck(config.check_replicas_every_steps),
                 throughput,
                 target,
                 *reports,
@@ -159,6 +161,8 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         if top1 is None:
             top1 = hvd.evaluate(model, evaluation, verbose=0)["top1"]
         skipped = hvd.allgather_object(corrupt_images.names)
+    except hvd.callbacks.ReplicasDiffer as error:
+        raise JobError(str(error)) from error
     except (*SHUTDOWN_ERRORS, OSError) as error:
         raise stop_reason(error) from error
     summary = {

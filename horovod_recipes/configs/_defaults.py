@@ -48,6 +48,9 @@ def get_config():
     config.keep_checkpoints = 2
     config.keep_best_checkpoints = 1
     config.log_trust_ratios_every_steps = 100
+    # Compares the ranks' weights and optimizer states, and stops where they
+    # differ.
+    config.check_replicas_every_steps = 100
     # In percent: summary.json says when it was reached; None for no target.
     config.target_top1 = config_dict.placeholder(float)
     config.stop_at_target = False

@@ -188,6 +188,13 @@ def is_distributed(optimizer):
     return isinstance(optimizer.apply, _DistributedApply)
 
 
+def is_local(optimizer, variable):
+    """Whether each rank trains its own values of a variable."""
+    return is_distributed(optimizer) and optimizer.apply._reduction.is_local(
+        variable
+    )
+
+
 def is_within_update(optimizer):
     """Whether gradients wait for more micro-batches before the next update."""
     apply = optimizer.apply

@@ -461,6 +461,29 @@ def test_nan_loss_with_finite_weights_stops_at_the_epoch(
     assert not (workdir / "summary.json").exists()
 
 
+def test_replicas_that_differ_stop_all_ranks(shared_folder, monkeypatch):
+    finite = training_callbacks.StopOnNonFinite.on_train_batch_end
+
+    def changes_a_weight(self, batch, logs=None):
+        finite(self, batch, logs)
+        if hvd.rank() == 1 and int(self.model.optimizer.iterations) == 3:
+            kernel = self.model.trainable_variables[0]
+            kernel.assign(kernel * (1 + 2**-23))
+
+    monkeypatch.setattr(
+        training_callbacks.StopOnNonFinite,
+        "on_train_batch_end",
+        changes_a_weight,
+    )
+    assert_refused(
+        r"The replicas differ after update 3: 1 of \d+ variables, "
+        r"conv1/kernel \(rank 1, unlike rank 0\)",
+        shared_folder / "run",
+        check_replicas_every_steps=3,
+    )
+    assert not (shared_folder / "run" / "summary.json").exists()
+
+
 def test_weights_of_the_ranks_are_bit_equal(shared_folder, monkeypatch):
     """After the real job, batch-norm statistics and optimizer state too."""
     models = []
