@@ -221,9 +221,8 @@ def create_model(config, job, schedule, source):
         metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
         # One call of Python an update.
         steps_per_execution=job.accumulation_steps,
-        # Horovod's operations cannot be inside an XLA program. The update
-        # of LARS is one all the same.
-        jit_compile=False,
+        # Up to the allreduce. The update of LARS is compiled in any case.
+        jit_compile=config.xla,
     )
     return model
 

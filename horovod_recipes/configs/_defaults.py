@@ -36,6 +36,8 @@ def get_config():
     config.seed = 0
     # Or "mixed_bfloat16", "mixed_float16".
     config.precision = "float32"
+    # Whether XLA compiles forward and backward pass, and evaluation.
+    config.xla = False
     # Bit-equal results of equal jobs, at some cost on a GPU.
     config.deterministic = False
     config.label_smoothing = 0.0

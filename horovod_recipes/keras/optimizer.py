@@ -4,6 +4,9 @@ Order inside a step: local accumulation, allreduce, then all that the optimizer
 itself does: unscaling and the check for infinities, clipping, the update.
 """
 
+import contextlib
+import functools
+
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
@@ -30,10 +33,10 @@ def DistributedOptimizer(
     """Makes a Keras optimizer apply the mean of all ranks' gradients.
 
     The optimizer is changed and returned; its class, config and state stay
-    what they were, so that a model saved with it loads without Horovod. Under
-    the global policy `mixed_float16` it is put inside a `LossScaleOptimizer`,
-    as `compile()` would do, so that all ranks check the same gradients for
-    infinities and skip or take a step together.
+    what they were, so that a model saved with it loads without Horovod. Where a
+    `LossScaleOptimizer` is inside it, or is put around it, as `compile()` does
+    under the policy `mixed_float16`, all ranks check the same gradients for
+    infinities, and skip or take a step together.
 
     `register_local_var(var)` of the result leaves the gradients of a
     trainable variable to each rank; call it before the first step.
@@ -74,7 +77,7 @@ def DistributedOptimizer(
             global batch's mean. Defaults to `True`.
 
     Returns:
-        `optimizer`, or the `LossScaleOptimizer` around it.
+        `optimizer`.
 
     Raises:
         ValueError: If an argument is out of its range, or the optimizer is
@@ -112,10 +115,6 @@ def DistributedOptimizer(
         process_set,
         scale_local_gradients,
     )
-    mixed_float16 = keras.config.dtype_policy().name == "mixed_float16"
-    loss_scale = keras.optimizers.LossScaleOptimizer
-    if mixed_float16 and not isinstance(optimizer, loss_scale):
-        optimizer = loss_scale(optimizer, name="loss_scale_optimizer")
     optimizer.apply = _DistributedApply(
         optimizer,
         reduction,
@@ -227,9 +226,40 @@ class _DistributedApply:
         self._passes_done = None
         # Indices of the variables that had a gradient in any pass.
         self._with_gradient = set()
+        self._held_back = None
+        # The optimizer's inner one if that is distributed too, and whether it
+        # is given gradients that are reduced already.
+        self._inner = None
+        self._gets_reduced = False
+
+    def around(self, optimizer):
+        """Returns the stand-in for `optimizer`, which calls this one inside."""
+        outer = _DistributedApply(
+            optimizer, self._reduction, self._passes, self._divisor > 1
+        )
+        outer._inner = self
+        return outer
+
+    @contextlib.contextmanager
+    def held_back(self):
+        """Yields a list that gets the gradients of a call, which does no more.
+
+        For what has to leave an XLA program before it goes on.
+        """
+        self._held_back = []
+        try:
+            yield self._held_back
+        finally:
+            self._held_back = None
 
     def __call__(self, grads, trainable_variables=None):
         grads = list(grads)
+        if self._held_back is not None:
+            self._held_back += grads
+            return
+        if self._gets_reduced:
+            self._local_apply(grads, trainable_variables)
+            return
         optimizer = self._optimizer
         if trainable_variables is None and not optimizer.built:
             self._local_apply(grads)  # It raises Keras's own error.
@@ -237,8 +267,7 @@ class _DistributedApply:
             trainable_variables = optimizer._trainable_variables
         trainable_variables = list(trainable_variables)
         if self._passes == 1:
-            grads = self._reduce(grads, trainable_variables)
-            self._local_apply(grads, trainable_variables)
+            self._reduce_and_apply(grads, trainable_variables)
             return
         # Variables are created here: a branch of a cond cannot.
         if not optimizer.built:
@@ -252,10 +281,18 @@ class _DistributedApply:
             lambda: None,
         )
 
-    def _reduce(self, grads, variables):
+    def _reduce_and_apply(self, grads, variables):
         if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
             grads = self._reduction.share_infinities(grads, variables)
-        return self._reduction(grads, variables)
+        grads = self._reduction(grads, variables)
+        if self._inner is None:
+            self._local_apply(grads, variables)
+            return
+        self._inner._gets_reduced = True
+        try:
+            self._local_apply(grads, variables)
+        finally:
+            self._inner._gets_reduced = False
 
     def passes_done(self):
         """Returns the number of micro-batches since the last update."""
@@ -296,7 +333,7 @@ class _DistributedApply:
             accumulator = self._accumulators[index]
             mean = accumulator / tf.cast(self._divisor, accumulator.dtype)
             grads[index] = tf.cast(mean, variables[index].dtype)
-        self._local_apply(self._reduce(grads, variables), variables)
+        self._reduce_and_apply(grads, variables)
         for index in self._with_gradient:
             accumulator = self._accumulators[index]
             accumulator.assign(tf.zeros_like(accumulator))
@@ -306,3 +343,27 @@ class _DistributedApply:
 def accumulation_dtype(dtype):
     """Returns the dtype to add up gradients in: half precision would stall."""
     return tf.float32 if dtype in ("float16", "bfloat16") else dtype
+
+
+def _distribute_loss_scale_optimizers():
+    """Makes a LossScaleOptimizer around a distributed optimizer distributed.
+
+    Keras's own looks for infinities in the gradients of its rank, and calls the
+    optimizer inside only if there are none: one rank's infinity would leave the
+    others waiting in the allreduce for ever. `compile()` makes one, of which
+    nobody else knows, so Keras's class is changed.
+    """
+    loss_scale = keras.optimizers.LossScaleOptimizer
+    plain_init = loss_scale.__init__
+
+    @functools.wraps(plain_init)
+    def init(self, inner_optimizer, *args, **kwargs):
+        plain_init(self, inner_optimizer, *args, **kwargs)
+        if is_distributed(inner_optimizer):
+            self.apply = inner_optimizer.apply.around(self)
+            self.register_local_var = inner_optimizer.register_local_var
+
+    loss_scale.__init__ = init
+
+
+_distribute_loss_scale_optimizers()

@@ -10,6 +10,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras.xla import check_outside_xla
+
 
 class GradientReduction:
     """Replaces gradients by their mean, or sum, over the ranks.
@@ -67,6 +69,7 @@ class GradientReduction:
 
         On a rank outside of the process set they stay what they are.
         """
+        check_outside_xla(f"The reduction of {self._name}")
         reduced = list(grads)
         if not self._process_set.included():
             return reduced

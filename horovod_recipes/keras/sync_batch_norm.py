@@ -4,6 +4,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras.xla import check_outside_xla
+
 
 def SyncBatchNormalization(fused=False, **arguments):
     """Returns a batch norm whose batches are those of all ranks together.
@@ -36,6 +38,11 @@ def SyncBatchNormalization(fused=False, **arguments):
     return layer
 
 
+def is_synchronized(layer):
+    """Whether the layer came from `SyncBatchNormalization`."""
+    return isinstance(getattr(layer, "_moments", None), _MomentsOfAllRanks)
+
+
 class _MomentsOfAllRanks:
     """Stands in for a batch norm's `_moments`: those of all ranks together."""
 
@@ -44,6 +51,7 @@ class _MomentsOfAllRanks:
         self._local_moments = layer._moments
 
     def __call__(self, inputs, mask):
+        check_outside_xla("A SyncBatchNormalization")
         mean, variance = self._local_moments(inputs, mask)
         if mask is None:
             count = tf.size(inputs) // tf.shape(inputs)[self._axis]

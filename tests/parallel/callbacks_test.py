@@ -51,6 +51,27 @@ def test_broadcast_covers_optimizer_but_not_seeds():
     assert (first[0] != second[0]).any()
 
 
+def test_broadcast_waits_for_a_model_without_an_input_shape():
+    keras.utils.set_random_seed(hvd.rank())
+    model = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.compile(
+        hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9)), "mse"
+    )
+    x = np.full((8, 2), 1.0 + hvd.rank(), "float32")
+    model.fit(
+        x,
+        x[:, :1],
+        batch_size=4,
+        verbose=0,
+        callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)],
+    )
+    variables = model.weights + model.optimizer.variables
+    assert len(variables) == 4 + 2 + 4
+    first, second = values_of_all_ranks(variables)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_broadcast_leaves_local_variables():
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD(0.0, momentum=0.9)

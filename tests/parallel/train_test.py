@@ -372,6 +372,20 @@ def test_mixed_precision(shared_folder):
     assert int(model.optimizer.inner_optimizer.iterations) == 3
 
 
+def test_xla_trains_the_same_network(shared_folder):
+    weights = {}
+    for xla in (False, True):
+        changes = {"epochs": 1, "schedule.warmup_epochs": 0}
+        changes["max_micro_batch_size"] = 256
+        job(shared_folder / str(xla), xla=xla, **changes)
+        model = keras.saving.load_model(
+            shared_folder / str(xla) / "checkpoints" / "step-00000003.keras"
+        )
+        weights[xla] = model.get_weights()
+    for a, b in zip(weights[False], weights[True], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_resuming_a_finished_run_trains_no_more(shared_folder):
     workdir = shared_folder / "run"
     summary = job(workdir)
@@ -497,6 +511,10 @@ def test_weights_of_the_ranks_are_bit_equal(shared_folder, monkeypatch):
         ),
         ({"max_micro_batch_size": 0}, "max_micro_batch_size must be 1 or more"),
         ({"precision": "float8"}, "precision must be one of float32, mixed_"),
+        (
+            {"xla": True, "model.batch_norm": "synchronized"},
+            "xla cannot compile the allreduce of model.batch_norm=synchronized",
+        ),
         ({"label_smoothing": 1.0}, "label_smoothing must be 0 or more and bel"),
         ({"stop_at_target": True}, "stop_at_target needs target_top1"),
         ({"target_top1": 0.759}, "target_top1 must be from 1 to 100, in per"),
