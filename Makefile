@@ -38,6 +38,9 @@ TWO_RANKS = timeout --kill-after=10 1800 \
 # A rank of Open MPI that waits would else keep the core that the other needs.
 TWO_MPI_RANKS = OMPI_MCA_mpi_yield_when_idle=1 timeout --kill-after=10 1800 \
   $(BIN)/horovodrun --mpi -np 2 $(BIN)/python
+# A test that hangs, on either rank, has both write the stacks of their threads
+# and end.
+PARALLEL_PYTEST = -m pytest -o faulthandler_exit_on_timeout=true
 TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
 
 # The tests of communication run under MPI in `make test`; mpi-tests has the rest.
@@ -48,7 +51,7 @@ ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
 .PHONY: demo test lint unit-tests parallel-tests mpi-tests job-tests \
-  slurm-tests torch-tests gpu-build-test demo-seeds clean always
+  test-cluster slurm-tests torch-tests gpu-build-test demo-seeds clean always
 
 demo: .venv/done $(DATA)
 	$(TWO_RANKS) $(TRAIN_DEMO) --workdir=$(WORKDIR) $(ARGS)
@@ -76,9 +79,9 @@ torch-tests: .venv/done
 	  tests/keras_lars/exactness_test.py -k timm
 
 parallel-tests: .venv/done $(DATA)
-	$(TWO_RANKS) -m pytest tests/parallel
+	$(TWO_RANKS) $(PARALLEL_PYTEST) tests/parallel
 ifdef MPICXX
-	$(TWO_MPI_RANKS) -m pytest $(MPI_TESTS)
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) $(MPI_TESTS)
 else
 	@echo "$(NO_MPI)"
 endif
@@ -86,7 +89,7 @@ endif
 # What parallel-tests leaves out of tests/parallel under MPI, and whole jobs.
 mpi-tests: .venv/done $(DATA)
 ifdef MPICXX
-	$(TWO_MPI_RANKS) -m pytest tests/parallel $(addprefix --ignore=,$(MPI_TESTS))
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel $(addprefix --ignore=,$(MPI_TESTS))
 	timeout --kill-after=10 1200 $(BIN)/python -m pytest tests/mpi_jobs
 else
 	@echo "$(NO_MPI)"
@@ -106,6 +109,12 @@ gpu-build-test:
 job-tests: .venv/done $(DATA)
 	$(BIN)/python -m horovod_recipes.photos
 	timeout --kill-after=10 3000 $(BIN)/python -m pytest tests/whole_jobs
+
+# As root on Linux, with iproute2 and openssh-server: jobs on two hosts made of
+# network namespaces, of which links are cut and ranks are killed.
+test-cluster: .venv/done $(DATA)
+	$(BIN)/python -m tests.cluster.hosts
+	timeout --kill-after=30 2400 $(BIN)/python -m pytest tests/cluster
 
 # As root on Debian: installs Slurm, and starts it for one node.
 slurm-tests: .venv/done $(DATA)
