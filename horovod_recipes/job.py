@@ -20,6 +20,7 @@ COUNTS = (
     "checkpoint_every_epochs",
     "keep_checkpoints",
     "log_trust_ratios_every_steps",
+    "check_replicas_every_steps",
     "hang_seconds",
 )
 KEYS = COUNTS + (
@@ -36,6 +37,7 @@ KEYS = COUNTS + (
     "dataset.threads",
     "seed",
     "precision",
+    "xla",
     "deterministic",
     "label_smoothing",
     "optimizer",
@@ -83,6 +85,11 @@ def check_config(config):
         raise JobError(
             "dataset.corrupt_images=skip counts what it skips in the rank's "
             "own process, where a dataset.service does not decode; use stop"
+        )
+    if config.xla and config.model.get("batch_norm") == "synchronized":
+        raise JobError(
+            "xla cannot compile the allreduce of "
+            "model.batch_norm=synchronized; use micro_batch, or xla=False"
         )
     for key in ("dataset.image_size", "dataset.threads"):
         if _value(config, key) is not None and _value(config, key) < 1:

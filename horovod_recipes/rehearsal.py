@@ -43,6 +43,7 @@ def make_small(config, data_dir, ranks):
         evaluate_every_epochs=1,
         checkpoint_every_epochs=1,
         log_trust_ratios_every_steps=1,
+        check_replicas_every_steps=1,
     )
     config.dataset.update(
         name="imagenet2012",

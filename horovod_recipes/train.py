@@ -71,8 +71,9 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
         StoppedBySigterm: On every rank, after a SIGTERM to any of them, with a
             checkpoint saved.
         JobError: On every rank, if the config, the data or `workdir` do not
-            serve, if the weights are no longer finite, if an image cannot be
-            decoded, if a checkpoint cannot be written, or if a rank is lost.
+            serve, if the weights are no longer finite or differ between ranks,
+            if an image cannot be decoded, if a checkpoint cannot be written, or
+            if a rank is lost.
     """
     with raised_on_every_rank():
         check_config(config)
@@ -141,6 +142,7 @@ def _train_and_evaluate(config, config_name, workdir, mode, watchdog):
                     measured.get("metric_sums") if hvd.rank() == 0 else None
                 ),
                 training_callbacks.StopOnNonFinite(),
+                hvd.callbacks.ReplicaCheck(config.check_replicas_every_steps),
                 throughput,
                 target,
                 *reports,
@@ -171,6 +173,8 @@ def _train_and_evaluate(config, config_name, workdir, mode, watchdog):
                     model, evaluation, verbose=0, callbacks=[watchdog]
                 )["top1"]
             skipped = hvd.allgather_object(corrupt_images.names)
+        except hvd.callbacks.ReplicasDiffer as error:
+            raise JobError(str(error)) from error
         except (*SHUTDOWN_ERRORS, OSError) as error:
             raise stop_reason(error) from error
     summary = {
@@ -229,9 +233,8 @@ def create_model(config, job, schedule, source):
         metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
         # One call of Python an update.
         steps_per_execution=job.accumulation_steps,
-        # Horovod's operations cannot be inside an XLA program. The update
-        # of LARS is one all the same.
-        jit_compile=False,
+        # Up to the allreduce. The update of LARS is compiled in any case.
+        jit_compile=config.xla,
     )
     return model
 

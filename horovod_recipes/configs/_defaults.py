@@ -36,6 +36,8 @@ def get_config():
     config.seed = 0
     # Or "mixed_bfloat16", "mixed_float16".
     config.precision = "float32"
+    # Whether XLA compiles forward and backward pass, and evaluation.
+    config.xla = False
     # Bit-equal results of equal jobs, at some cost on a GPU.
     config.deterministic = False
     config.label_smoothing = 0.0
@@ -46,6 +48,9 @@ def get_config():
     config.keep_checkpoints = 2
     config.keep_best_checkpoints = 1
     config.log_trust_ratios_every_steps = 100
+    # Compares the ranks' weights and optimizer states, and stops where they
+    # differ.
+    config.check_replicas_every_steps = 100
     # Without progress for so long, as from one batch to the next, a rank ends
     # the job and names the rank that hangs. More than the first step takes.
     config.hang_seconds = 600

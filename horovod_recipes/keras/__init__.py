@@ -30,6 +30,7 @@ from horovod.tensorflow import gloo_enabled
 from horovod.tensorflow import grouped_allreduce
 from horovod.tensorflow import init
 from horovod.tensorflow import is_initialized
+from horovod.tensorflow import join
 from horovod.tensorflow import local_rank
 from horovod.tensorflow import local_size
 from horovod.tensorflow import mpi_built
@@ -51,14 +52,20 @@ from horovod_recipes.keras.collectives import allreduce
 from horovod_recipes.keras.collectives import broadcast
 from horovod_recipes.keras.collectives import reducescatter
 from horovod_recipes.keras.evaluation import evaluate
+from horovod_recipes.keras.gradient_tape import DistributedGradientTape
+from horovod_recipes.keras.loading import load_model
 from horovod_recipes.keras.optimizer import DistributedOptimizer
+from horovod_recipes.keras.optimizer import PartialDistributedOptimizer
 from horovod_recipes.keras.sync_batch_norm import SyncBatchNormalization
+from horovod_recipes.keras.variables import broadcast_global_variables
 from horovod_recipes.keras.variables import broadcast_variables
 
 __all__ = [
     "Average",
     "Compression",
+    "DistributedGradientTape",
     "DistributedOptimizer",
+    "PartialDistributedOptimizer",
     "ProcessSet",
     "Sum",
     "SyncBatchNormalization",
@@ -67,6 +74,7 @@ __all__ = [
     "allgather_object",
     "allreduce",
     "broadcast",
+    "broadcast_global_variables",
     "broadcast_object",
     "broadcast_variables",
     "callbacks",
@@ -83,6 +91,8 @@ __all__ = [
     "grouped_allreduce",
     "init",
     "is_initialized",
+    "join",
+    "load_model",
     "local_rank",
     "local_size",
     "mpi_built",

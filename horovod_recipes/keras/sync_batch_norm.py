@@ -5,9 +5,10 @@ import keras
 import tensorflow as tf
 
 from horovod_recipes.keras import watchdog
+from horovod_recipes.keras.xla import check_outside_xla
 
 
-def SyncBatchNormalization(**arguments):
+def SyncBatchNormalization(fused=False, **arguments):
     """Returns a batch norm whose batches are those of all ranks together.
 
     In training, outputs, gradients and moving statistics are those of
@@ -20,13 +21,27 @@ def SyncBatchNormalization(**arguments):
     `keras.models.clone_model`, normalizes by this rank's batches alone.
 
     Args:
+        fused: `False`. Horovod has the argument to refuse a fused kernel.
         **arguments: Of `keras.layers.BatchNormalization`.
+
+    Raises:
+        ValueError: If `fused` is not `False`.
     """
+    if fused is not False:
+        raise ValueError(
+            "Argument `fused` must be False: a fused kernel has no statistics "
+            f"of all ranks. Received: fused={fused!r}"
+        )
     layer = keras.layers.BatchNormalization(**arguments)
     # An attribute of the instance rather than a method of a subclass, because
     # the class is what a saved file names.
     layer._moments = _MomentsOfAllRanks(layer)
     return layer
+
+
+def is_synchronized(layer):
+    """Whether the layer came from `SyncBatchNormalization`."""
+    return isinstance(getattr(layer, "_moments", None), _MomentsOfAllRanks)
 
 
 class _MomentsOfAllRanks:
@@ -37,6 +52,7 @@ class _MomentsOfAllRanks:
         self._local_moments = layer._moments
 
     def __call__(self, inputs, mask):
+        check_outside_xla("A SyncBatchNormalization")
         mean, variance = self._local_moments(inputs, mask)
         if mask is None:
             count = tf.size(inputs) // tf.shape(inputs)[self._axis]

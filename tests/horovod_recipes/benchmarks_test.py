@@ -9,6 +9,7 @@ import pytest
 
 from horovod_recipes.benchmarks import optimizer_step
 from horovod_recipes.benchmarks import report
+from horovod_recipes.benchmarks import upstream_binding
 
 
 def test_spread_is_median_and_quartiles():
@@ -86,3 +87,19 @@ def test_unknown_flag_says_what_there_is():
     assert result.returncode == 1
     assert "Unknown command line flag 'modle'" in result.stderr
     assert "--model: <resnet50|alexnet|tiny>" in result.stderr
+
+
+def test_trial_without_end_is_said_to_hang():
+    trial = "`get_config`, `from_config`"
+    assert upstream_binding.tried(trial, "ours", seconds=1) == {
+        "kept": False,
+        "text": "hangs: no end within 1 s",
+    }
+
+
+def test_table_of_bindings():
+    kept = {"kept": True, "text": "weights: equal"}
+    broken = {"kept": False, "text": "hangs"}
+    rows = [{"promise": "`fit`", "upstream": broken, "ours": kept}]
+    last = upstream_binding.as_table(rows).splitlines()[-1]
+    assert last == "| `fit` | no: hangs | yes: weights: equal |"

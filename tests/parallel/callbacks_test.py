@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
@@ -48,6 +49,49 @@ def test_broadcast_covers_optimizer_but_not_seeds():
     assert len(seeds) == 1
     first, second = values_of_all_ranks(seeds)
     assert (first[0] != second[0]).any()
+
+
+def test_broadcast_waits_for_a_model_without_an_input_shape():
+    keras.utils.set_random_seed(hvd.rank())
+    model = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.compile(
+        hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9)), "mse"
+    )
+    x = np.full((8, 2), 1.0 + hvd.rank(), "float32")
+    model.fit(
+        x,
+        x[:, :1],
+        batch_size=4,
+        verbose=0,
+        callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)],
+    )
+    variables = model.weights + model.optimizer.variables
+    assert len(variables) == 4 + 2 + 4
+    first, second = values_of_all_ranks(variables)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_broadcast_leaves_local_variables():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    optimizer = keras.optimizers.SGD(0.0, momentum=0.9)
+    model.compile(hvd.DistributedOptimizer(optimizer), "mse")
+    optimizer.build(model.trainable_variables)
+    kernel, bias = model.weights
+    variables = [kernel, bias, *optimizer.momentums]
+    for variable in variables:
+        variable.assign(tf.fill(variable.shape, float(hvd.rank())))
+    callback = hvd.callbacks.BroadcastGlobalVariablesCallback(
+        0, device="CPU:0", local_variables=kernel
+    )
+    callback.register_local_var(optimizer.momentums[1].value)
+    callback.set_model(model)
+    callback.on_train_begin()
+    values = [float(tf.squeeze(variable.value)) for variable in variables]
+    assert hvd.allgather_object(values) == [[0, 0, 0, 0], [1, 0, 0, 1]]
+
+    with pytest.raises(ValueError, match=r"must hold .* Received: 'kernel'"):
+        hvd.callbacks.BroadcastGlobalVariablesCallback(0, "", ["kernel"])
 
 
 def test_collectives_take_numbers_and_arrays():

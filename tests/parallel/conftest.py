@@ -4,13 +4,20 @@ import pytest
 
 import horovod_recipes.keras as hvd
 
-hvd.init()
+RANK_0_ALONE = hvd.ProcessSet([0])
+hvd.init(process_sets=[RANK_0_ALONE])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_ranks():
     if hvd.size() != 2:
         pytest.exit("run with: horovodrun -np 2 python -m pytest ...", 2)
+
+
+@pytest.fixture
+def rank_0_alone():
+    """A process set that rank 1 is not in."""
+    return RANK_0_ALONE
 
 
 @pytest.fixture

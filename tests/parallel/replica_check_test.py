@@ -23,7 +23,7 @@ class Change(keras.callbacks.Callback):
             variable.assign(self._change(variable.numpy()))
 
 
-def train(callbacks, epochs=1):
+def train(callbacks, epochs=1, local=False):
     """Trains 4 steps; batch norm and dropout differ between the ranks."""
     keras.utils.set_random_seed(hvd.rank())
     model = keras.Sequential(
@@ -43,6 +43,8 @@ def train(callbacks, epochs=1):
         "mse",
         jit_compile=False,
     )
+    if local:
+        model.optimizer.register_local_var(model.get_layer("last").kernel)
     x = np.random.default_rng(hvd.rank()).normal(size=(8, 3))
     model.fit(
         x,
@@ -55,6 +57,7 @@ def train(callbacks, epochs=1):
             *callbacks,
         ],
     )
+    return model
 
 
 def message_of(callbacks):
@@ -66,7 +69,7 @@ def message_of(callbacks):
 
 
 def flip_lowest_bit(value):
-    bits = value.copy().view("uint32")
+    bits = np.array(value).view("uint32")
     bits.flat[-1] ^= 1
     return bits.view("float32")
 
@@ -79,6 +82,13 @@ def swap(value):
 
 def test_replicas_that_agree():
     train([hvd.callbacks.ReplicaCheck(1)], epochs=2)
+
+
+def test_local_variables_may_differ():
+    model = train([hvd.callbacks.ReplicaCheck(1)], local=True)
+    first, second = hvd.allgather_object(model.get_layer("last").get_weights())
+    assert (first[0] != second[0]).all()
+    np.testing.assert_array_equal(first[1], second[1])
 
 
 @pytest.mark.parametrize(

@@ -372,6 +372,20 @@ def test_mixed_precision(shared_folder):
     assert int(model.optimizer.inner_optimizer.iterations) == 3
 
 
+def test_xla_trains_the_same_network(shared_folder):
+    weights = {}
+    for xla in (False, True):
+        changes = {"epochs": 1, "schedule.warmup_epochs": 0}
+        changes["max_micro_batch_size"] = 256
+        job(shared_folder / str(xla), xla=xla, **changes)
+        model = keras.saving.load_model(
+            shared_folder / str(xla) / "checkpoints" / "step-00000003.keras"
+        )
+        weights[xla] = model.get_weights()
+    for a, b in zip(weights[False], weights[True], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_resuming_a_finished_run_trains_no_more(shared_folder):
     workdir = shared_folder / "run"
     summary = job(workdir)
@@ -447,6 +461,29 @@ def test_nan_loss_with_finite_weights_stops_at_the_epoch(
     assert not (workdir / "summary.json").exists()
 
 
+def test_replicas_that_differ_stop_all_ranks(shared_folder, monkeypatch):
+    finite = training_callbacks.StopOnNonFinite.on_train_batch_end
+
+    def changes_a_weight(self, batch, logs=None):
+        finite(self, batch, logs)
+        if hvd.rank() == 1 and int(self.model.optimizer.iterations) == 3:
+            kernel = self.model.trainable_variables[0]
+            kernel.assign(kernel * (1 + 2**-23))
+
+    monkeypatch.setattr(
+        training_callbacks.StopOnNonFinite,
+        "on_train_batch_end",
+        changes_a_weight,
+    )
+    assert_refused(
+        r"The replicas differ after update 3: 1 of \d+ variables, "
+        r"conv1/kernel \(rank 1, unlike rank 0\)",
+        shared_folder / "run",
+        check_replicas_every_steps=3,
+    )
+    assert not (shared_folder / "run" / "summary.json").exists()
+
+
 def test_weights_of_the_ranks_are_bit_equal(shared_folder, monkeypatch):
     """After the real job, batch-norm statistics and optimizer state too."""
     models = []
@@ -474,6 +511,10 @@ def test_weights_of_the_ranks_are_bit_equal(shared_folder, monkeypatch):
         ),
         ({"max_micro_batch_size": 0}, "max_micro_batch_size must be 1 or more"),
         ({"precision": "float8"}, "precision must be one of float32, mixed_"),
+        (
+            {"xla": True, "model.batch_norm": "synchronized"},
+            "xla cannot compile the allreduce of model.batch_norm=synchronized",
+        ),
         ({"label_smoothing": 1.0}, "label_smoothing must be 0 or more and bel"),
         ({"stop_at_target": True}, "stop_at_target needs target_top1"),
         ({"target_top1": 0.759}, "target_top1 must be from 1 to 100, in per"),

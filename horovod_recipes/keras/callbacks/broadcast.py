@@ -1,11 +1,10 @@
 """Callbacks that give all ranks the same weights."""
 
-import warnings
-
 import keras
 import tensorflow as tf
 
 from horovod_recipes.keras.optimizer import is_distributed
+from horovod_recipes.keras.train_step import make_train_function
 from horovod_recipes.keras.variables import average_variables
 from horovod_recipes.keras.variables import broadcast_variables
 
@@ -15,8 +14,11 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     The states of random generators stay each rank's own, so that dropout
     masks differ between ranks. The training step is traced anew, so that one
-    from before the optimizer was distributed is not used again; and without
-    XLA, which Horovod's operations cannot be compiled by.
+    from before the optimizer was distributed is not used again; where the model
+    was compiled with `jit_compile`, XLA compiles it up to the allreduce.
+
+    A model that gets its weights in step 1, for want of an input shape, gets
+    those of `root_rank` after it.
 
     Args:
         root_rank: Integer, the rank to copy from.
@@ -56,24 +58,25 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"The model was compiled with {type(optimizer).__name__}, "
                 "which would not average gradients over the ranks. Use "
-                "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras; "
-                "a LossScaleOptimizer goes inside it."
+                "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras."
             )
-        if self.model.jit_compile:
-            warnings.warn(
-                "The model was compiled with jit_compile on, and is trained "
-                "without: XLA cannot compile Horovod's operations. To silence "
-                "this: compile(..., jit_compile=False).",
-                stacklevel=2,
-            )
-            self.model.jit_compile = False
-        self.model.make_train_function(force=True)
-        if not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
+        make_train_function(self.model)
+        self._pending = not self.model.built
+        if self.model.built:
+            if not optimizer.built:
+                optimizer.build(self.model.trainable_variables)
+            self._broadcast()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._pending:
+            self._broadcast()
+            self._pending = False
+
+    def _broadcast(self):
         # `weights` leaves out what `variables` has: metrics and seeds.
         variables = [
             variable
-            for variable in self.model.weights + optimizer.variables
+            for variable in self.model.weights + self.model.optimizer.variables
             if not any(
                 local is variable or local is variable.value
                 for local in self._local_variables

@@ -55,6 +55,10 @@ class ExactMetrics(keras.callbacks.Callback):
     that read `logs`. `model.evaluate` outside of `fit` returns before a
     callback can act: use `horovod_recipes.keras.evaluate` there.
 
+    Where a model has several outputs, Keras itself measures the loss of each as
+    the mean over batches; so it is here, over the batches of all ranks. The
+    total loss and the metrics count examples.
+
     The states of a metric are added up over the ranks, and its result is that
     of the sums. This is right for all of Keras's own metrics, for functions
     passed as metrics, and for subclasses of `keras.metrics.Mean` and

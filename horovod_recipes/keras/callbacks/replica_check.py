@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from horovod_recipes.keras.optimizer import is_local
+
 MAX_VARIABLES_NAMED = 3
 MAX_RANKS_NAMED = 8
 
@@ -22,7 +24,9 @@ class ReplicaCheck(keras.callbacks.Callback):
     Compares checksums over all bits of the trainable weights and the
     optimizer's variables: any change of one number is seen, so are numbers
     that are swapped, and NaN is equal to the same NaN. It takes one pass over
-    them and one allgather of 8 bytes from each rank.
+    them and one allgather of 8 bytes from each rank, of all ranks. Left out are
+    the states of random generators, and variables that were given to the
+    optimizer's `register_local_var`, with what the optimizer keeps for them.
 
     Args:
         every_n_steps: Integer >= 1, how often to compare, in calls of the
@@ -95,10 +99,30 @@ class ReplicaCheck(keras.callbacks.Callback):
         )
 
     def _replicated_variables(self):
-        variables = self.model.trainable_variables
+        optimizer = self.model.optimizer
+        trainable = self.model.trainable_variables
+        variables = [v for v in trainable if not is_local(optimizer, v)]
         if self._non_trainable_weights:
-            variables = variables + self.model.non_trainable_weights
-        return variables + self.model.optimizer.variables
+            variables += self.model.non_trainable_weights
+        for state in optimizer.variables:
+            owner = _owner(state, trainable)
+            if owner is None or not is_local(optimizer, owner):
+                variables.append(state)
+        return variables
+
+
+def _owner(state, variables):
+    """Returns the variable that an optimizer's state is of, or None.
+
+    Keras names such states by the path of the variable and a word, as
+    `net_dense_kernel_momentum`; one path may be the beginning of another.
+    """
+    owners = [
+        variable
+        for variable in variables
+        if state.name.startswith(variable.path.replace("/", "_") + "_")
+    ]
+    return max(owners, key=lambda owner: len(owner.path), default=None)
 
 
 def checksum_function(variables):

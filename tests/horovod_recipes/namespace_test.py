@@ -1,0 +1,123 @@
+"""The names and signatures of Horovod's Keras binding, and of ours."""
+
+import importlib
+import inspect
+import types
+
+import horovod.keras
+import horovod.tensorflow
+import horovod.tensorflow.keras as upstream
+import pytest
+
+import horovod_recipes.keras as ours
+
+# Arguments that are deliberately not as Horovod's.
+DIFFERENT_ARGUMENTS = {
+    "SyncBatchNormalization": (
+        "(fused=False, **arguments)",
+        "only the name of what is passed on differs: Horovod's is **kwargs",
+    ),
+}
+# What we have and `horovod.tensorflow.keras` has not, and where it is from.
+ADDED = {
+    "DistributedGradientTape": horovod.tensorflow,
+    "PartialDistributedOptimizer": horovod.keras,
+    "SyncBatchNormalization": horovod.tensorflow,
+    "allgather_object": horovod.tensorflow,
+    "broadcast_object": horovod.tensorflow,
+    "broadcast_variables": horovod.tensorflow,
+    "grouped_allreduce": horovod.tensorflow,
+    "join": horovod.tensorflow,
+    "evaluate": None,  # Counts every example of every rank once.
+    "callbacks.AverageNonTrainableWeights": None,  # Batch-norm statistics.
+    "callbacks.ExactMetrics": None,  # As if one process had seen all examples.
+    "callbacks.ReplicaCheck": None,  # Finds ranks that have drifted apart.
+    "callbacks.ReplicasDiffer": None,  # What it raises.
+    "elastic.ElasticSampler": None,  # Each example of an epoch once.
+}
+NAMESPACES = ["", "callbacks", "elastic"]
+
+
+def public_names(module):
+    """Returns what a module offers, without what it merely imports."""
+    if hasattr(module, "__all__"):
+        return set(module.__all__)
+    # Its main module collects names from all of Horovod.
+    package = "horovod" if module is upstream else module.__name__
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name != "is_version_greater_equal_than"
+        and (
+            name in ("callbacks", "elastic")
+            if isinstance(value, types.ModuleType)
+            else getattr(value, "__module__", package).startswith(package)
+        )
+    }
+
+
+def both(namespace):
+    """Returns the two modules of a namespace."""
+    suffix = f".{namespace}" if namespace else ""
+    return (
+        importlib.import_module(f"horovod.tensorflow.keras{suffix}"),
+        importlib.import_module(f"horovod_recipes.keras{suffix}"),
+    )
+
+
+def arguments(function):
+    """Returns the names, kinds and defaults, or None for what is no function.
+
+    Annotations and the names of objects in memory do not count.
+    """
+    if not callable(function) or function is ours.Compression:
+        return None
+    return [
+        (parameter.name, parameter.kind, parameter.default)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_every_name_is_there_with_the_same_arguments(namespace):
+    their_module, our_module = both(namespace)
+    names = public_names(their_module)
+    assert len(names) >= 5
+    assert names - public_names(our_module) == set()
+    for name in sorted(names):
+        theirs = arguments(getattr(their_module, name))
+        assert arguments(getattr(our_module, name)) == theirs, name
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_every_name_of_ours_is_accounted_for(namespace):
+    their_module, our_module = both(namespace)
+    added = public_names(our_module)
+    added -= public_names(their_module)
+    prefix = f"{namespace}." if namespace else ""
+    expected = {
+        name.removeprefix(prefix)
+        for name in ADDED
+        if name.rpartition(".")[0] == namespace
+    }
+    assert added == expected
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, origin in ADDED.items() if origin]
+)
+def test_names_of_horovods_other_modules_have_the_same_arguments(name):
+    function = getattr(ours, name)
+    if name in DIFFERENT_ARGUMENTS:
+        signature, _ = DIFFERENT_ARGUMENTS[name]
+        assert str(inspect.signature(function)) == signature
+    else:
+        theirs = getattr(ADDED[name], name)
+        assert arguments(function) == arguments(theirs)
+
+
+def test_constants_and_classes_are_horovods_own():
+    for name in ("Average", "Sum", "Compression", "ProcessSet"):
+        assert getattr(ours, name) is getattr(upstream, name)
+    assert ours.global_process_set is upstream.global_process_set

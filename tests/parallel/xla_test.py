@@ -1,0 +1,213 @@
+"""Training steps that XLA compiles up to the allreduce, on two ranks."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import horovod_recipes.keras as hvd
+from keras_lars import LARS
+
+
+class Dropout(keras.layers.Layer):
+    """Drops half, by numbers that are the same in XLA and outside of it.
+
+    TensorFlow's random numbers are not, on a CPU, in float32.
+    """
+
+    def build(self, input_shape):
+        self.seed_generator = keras.random.SeedGenerator(7 + hvd.rank())
+
+    def call(self, inputs, training=False):
+        if not training:
+            return inputs
+        seed, count = tf.unstack(tf.cast(self.seed_generator.next(), tf.int32))
+        numbers = tf.range(tf.size(inputs)) * (7919 + seed) + 31 * count
+        dropped = tf.reshape(numbers // 64 % 2 == 0, tf.shape(inputs))
+        return tf.where(dropped, 0.0, 2.0 * inputs)
+
+
+def create_model(jit_compile, passes=1, layers=None, model_class=keras.Model):
+    keras.utils.set_random_seed(hvd.rank())
+    inputs = keras.Input((8,))
+    x = inputs
+    for layer in layers or [
+        keras.layers.Dense(16, activation="relu"),
+        keras.layers.BatchNormalization(),
+        Dropout(),
+    ]:
+        x = layer(x)
+    model = model_class(inputs, keras.layers.Dense(3)(x))
+    model.compile(
+        hvd.DistributedOptimizer(
+            LARS(2.0, weight_decay=1e-3),
+            backward_passes_per_step=passes,
+            average_aggregated_gradients=True,
+        ),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        steps_per_execution=passes,
+        jit_compile=jit_compile,
+    )
+    return model
+
+
+def examples():
+    rng = np.random.default_rng(hvd.rank())
+    x = rng.normal(size=(58, 8)).astype("float32")
+    return x, np.argmax(x[:, :3], axis=1)
+
+
+def fit(model):
+    """Trains for two epochs, whose last micro-batch is smaller."""
+    return model.fit(
+        *examples(),
+        batch_size=16,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)],
+    ).history
+
+
+def state(model):
+    variables = model.variables + model.optimizer.variables
+    return {v.path: v.numpy() for v in variables}
+
+
+def assert_trained_alike(model):
+    """All ranks have the same trainable weights, to the bit."""
+    weights = [v.numpy() for v in model.trainable_variables]
+    for first, second in zip(*hvd.allgather_object(weights), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_equals_training_without_xla(passes):
+    """Weights, statistics, metrics, seeds, velocities: all of the state."""
+    plain = create_model(jit_compile=False, passes=passes)
+    plain_history = fit(plain)
+    model = create_model(jit_compile=True, passes=passes)
+    history = fit(model)
+    # A second call of `fit` makes the step anew.
+    fit(plain)
+    fit(model)
+
+    assert model.jit_compile
+    for (path, a), b in zip(
+        state(plain).items(), state(model).values(), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=path)
+    for name, values in plain_history.items():
+        assert history[name] == pytest.approx(values, rel=1e-5), name
+    assert_trained_alike(model)
+    # They see their own examples.
+    means = [
+        v.numpy() for v in model.variables if v.path.endswith("moving_mean")
+    ]
+    first, second = hvd.allgather_object(means)
+    assert np.abs(first[0] - second[0]).max() > 1e-3
+
+
+def test_xla_compiles_all_but_the_optimizer(monkeypatch):
+    """The layers are traced inside of XLA, the reduction outside."""
+    from tensorflow.python.ops import control_flow_util
+
+    from horovod_recipes.keras import reduction
+
+    def in_xla():
+        graph = tf.compat.v1.get_default_graph()
+        return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+    traced = {"layer": set(), "reduction": set()}
+
+    class Spy(keras.layers.Layer):
+        def call(self, inputs, training=False):
+            if training:
+                traced["layer"].add(in_xla())
+            return inputs
+
+    monkeypatch.setattr(
+        reduction,
+        "check_outside_xla",
+        lambda name: traced["reduction"].add(in_xla()),
+    )
+    fit(create_model(jit_compile=True, layers=[Spy()]))
+    assert traced == {"layer": {True}, "reduction": {False}}
+
+
+def test_dropout_and_sparse_gradients():
+    model = create_model(
+        jit_compile=True,
+        passes=2,
+        layers=[
+            keras.layers.Lambda(tf.abs),
+            keras.layers.Embedding(10, 4),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5),
+        ],
+    )
+    before = model.get_weights()
+    fit(model)
+    assert_trained_alike(model)
+    assert np.abs(model.get_weights()[0] - before[0]).max() > 1e-3
+    seeds = [v.numpy().tolist() for v in model.variables if "seed" in v.path]
+    first, second = hvd.allgather_object(seeds)
+    # A mask a micro-batch, and others on each rank.
+    assert first[0][1] == second[0][1] == 8
+    assert first[0][0] != second[0][0]
+
+
+class OwnStep(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_model_that_cannot_be_split_is_trained_without_xla():
+    synchronized = dict(
+        layers=[keras.layers.Dense(4), hvd.SyncBatchNormalization(name="bn")]
+    )
+    for arguments, reason in (
+        (synchronized, "its layer 'bn' needs an allreduce"),
+        (dict(model_class=OwnStep), "it has a train_step of its own"),
+    ):
+        model = create_model(jit_compile=True, **arguments)
+        with pytest.warns(UserWarning, match=reason):
+            fit(model)
+        assert not model.jit_compile
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(model)
+        assert_trained_alike(model)
+
+
+def test_horovod_inside_xla_is_a_clear_error_on_every_rank():
+    x, y = examples()
+    model = create_model(jit_compile=True)
+    messages = []
+    with pytest.raises(ValueError, match="optimizer out of XLA") as error:
+        model.fit(x, y, verbose=0)
+    messages.append(str(error.value))
+
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    variable = keras.Variable([1.0])
+
+    @tf.function(jit_compile=True)
+    def step():
+        optimizer.apply([tf.constant([1.0])], [variable])
+
+    with pytest.raises(ValueError, match="apply outside of it") as error:
+        step()
+    messages.append(str(error.value))
+
+    layer = hvd.SyncBatchNormalization()
+    layer.build((None, 3))
+    step = tf.function(lambda x: layer(x, training=True), jit_compile=True)
+    with pytest.raises(ValueError, match="SyncBatchNormalization is") as error:
+        step(tf.ones((4, 3)))
+    messages.append(str(error.value))
+
+    first, second = hvd.allgather_object(messages)
+    assert first == second
