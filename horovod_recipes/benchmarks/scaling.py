@@ -310,7 +310,8 @@ def draw(results, ranks, path):
             f"accumulation {line['accumulation']}: speed-up "
             f"{line['speed_up'][0]}"
         )
-    figure.axes[0].legend(ncols=len(PARTS), loc="lower left", fontsize="small")
+    bars = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*bars, loc="outside lower center", ncols=len(PARTS))
     figure.savefig(path, dpi=120)
     print(f"written: {path}")
 
