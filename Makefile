@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu==2.21.0
 CONSTRAINTS ?= constraints.txt
+GPU_TENSORFLOW ?= tensorflow==2.21.0
 TORCH ?= torch==2.13.0
 TIMM ?= timm==1.0.31
 WORKDIR ?= runs/demo
@@ -24,18 +25,33 @@ export TFDS_DATA_DIR ?= $(CURDIR)/data
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+MPICXX := $(shell command -v mpicxx 2> /dev/null)
+NO_MPI = no mpicxx here (Debian: libopenmpi-dev, openmpi-bin): no test under MPI
+
 DATA := $(TFDS_DATA_DIR)/mnist5k/1.0.0/dataset_info.json
 SETTINGS := $(BASE_PYTHON) $(TENSORFLOW) $(CONSTRAINTS)
 
-# Every job has a time limit, in seconds, and ends its own processes.
-TWO_RANKS = timeout --kill-after=10 1800 $(BIN)/horovodrun -np 2 $(BIN)/python
+# Every job has a time limit, in seconds, and ends its own processes. Without
+# --gloo, horovodrun takes MPI where Horovod was built with it.
+TWO_RANKS = timeout --kill-after=10 1800 \
+  $(BIN)/horovodrun --gloo -np 2 $(BIN)/python
+# A rank of Open MPI that waits would else keep the core that the other needs.
+TWO_MPI_RANKS = OMPI_MCA_mpi_yield_when_idle=1 timeout --kill-after=10 1800 \
+  $(BIN)/horovodrun --mpi -np 2 $(BIN)/python
+# A test that hangs, on either rank, has both write the stacks of their threads
+# and end.
+PARALLEL_PYTEST = -m pytest -o faulthandler_exit_on_timeout=true
 TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
+
+# The tests of communication run under MPI in `make test`; mpi-tests has the rest.
+MPI_TESTS = $(addprefix tests/parallel/, \
+  callbacks_test.py optimizer_test.py sync_batch_norm_test.py)
 
 ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
-.PHONY: demo test lint unit-tests parallel-tests job-tests slurm-tests \
-  torch-tests demo-seeds clean always
+.PHONY: demo test lint unit-tests parallel-tests mpi-tests job-tests \
+  test-cluster slurm-tests torch-tests gpu-build-test demo-seeds clean always
 
 demo: .venv/done $(DATA)
 	$(TWO_RANKS) $(TRAIN_DEMO) --workdir=$(WORKDIR) $(ARGS)
@@ -63,12 +79,42 @@ torch-tests: .venv/done
 	  tests/keras_lars/exactness_test.py -k timm
 
 parallel-tests: .venv/done $(DATA)
-	$(TWO_RANKS) -m pytest tests/parallel
+	$(TWO_RANKS) $(PARALLEL_PYTEST) tests/parallel
+ifdef MPICXX
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) $(MPI_TESTS)
+else
+	@echo "$(NO_MPI)"
+endif
+
+# What parallel-tests leaves out of tests/parallel under MPI, and whole jobs.
+mpi-tests: .venv/done $(DATA)
+ifdef MPICXX
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel $(addprefix --ignore=,$(MPI_TESTS))
+	timeout --kill-after=10 1200 $(BIN)/python -m pytest tests/mpi_jobs
+else
+	@echo "$(NO_MPI)"
+endif
+
+# Builds Horovod for GPUs, in an environment of its own, and loads it on this
+# machine, which needs no GPU. Downloads 2 GB.
+gpu-build-test:
+	$(BASE_PYTHON) -m venv --clear build/gpu
+	build/gpu/bin/python -m pip install --quiet --constraint constraints.txt \
+	  "$(GPU_TENSORFLOW)" pytest
+	build/gpu/bin/python -m horovod_recipes.install_horovod --gpu
+	timeout --kill-after=10 600 build/gpu/bin/python -m pytest tests/gpu_build
+	rm -rf build/gpu
 
 # Whole jobs: killed, resumed; ImageNet's recipes, on photos that this downloads.
 job-tests: .venv/done $(DATA)
 	$(BIN)/python -m horovod_recipes.photos
 	timeout --kill-after=10 3000 $(BIN)/python -m pytest tests/whole_jobs
+
+# As root on Linux, with iproute2 and openssh-server: jobs on two hosts made of
+# network namespaces, of which links are cut and ranks are killed.
+test-cluster: .venv/done $(DATA)
+	$(BIN)/python -m tests.cluster.hosts
+	timeout --kill-after=30 2400 $(BIN)/python -m pytest tests/cluster
 
 # As root on Debian: installs Slurm, and starts it for one node.
 slurm-tests: .venv/done $(DATA)
@@ -91,7 +137,7 @@ demo-seeds: .venv/done $(DATA)
 
 # With other settings the environment is made anew: two builds of TensorFlow
 # in one environment overwrite each other.
-.venv/done: .settings setup.py constraints.txt horovod_recipes/install_horovod.py
+.venv/done: .settings .mpi setup.py constraints.txt horovod_recipes/install_horovod.py
 	$(BASE_PYTHON) -m horovod_recipes.install_horovod --check
 	$(BASE_PYTHON) -m venv $(if $(filter .settings,$?),--clear) .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
@@ -102,8 +148,12 @@ demo-seeds: .venv/done $(DATA)
 .settings: always
 	@echo "$(SETTINGS)" | cmp --silent - $@ || echo "$(SETTINGS)" > $@
 
+# Where MPI comes or goes, Horovod alone is installed anew.
+.mpi: always
+	@echo "$(MPICXX)" | cmp --silent - $@ || echo "$(MPICXX)" > $@
+
 $(DATA): | .venv/done
 	$(BIN)/python -m horovod_recipes.datasets mnist5k
 
 clean:
-	rm -rf .venv .settings data runs build *.egg-info
+	rm -rf .venv .settings .mpi data runs build *.egg-info

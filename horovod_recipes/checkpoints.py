@@ -43,6 +43,7 @@ FREE_KEYS = {
     "keep_best_checkpoints",
     "log_trust_ratios_every_steps",
     "check_replicas_every_steps",
+    "hang_seconds",
     "target_top1",
     "stop_at_target",
     "expected_top1",

@@ -6,6 +6,7 @@ import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.keras.watchdog import lost_rank
 
 # What can surface on a rank when another rank has ended.
 SHUTDOWN_ERRORS = (tf.errors.OpError, HorovodInternalError)
@@ -41,10 +42,8 @@ def raised_on_every_rank():
 
 
 def another_rank_stopped():
-    return JobError(
-        f"rank {hvd.rank()} stopped because another rank did; see what that "
-        "one printed"
-    )
+    cause = lost_rank() or "another rank did; see what that one printed"
+    return JobError(f"rank {hvd.rank()} stopped: {cause}")
 
 
 def one_line(error):

@@ -1,8 +1,10 @@
 """Builds and installs Horovod against the TensorFlow that is installed.
 
-    python -m horovod_recipes.install_horovod [--check]
+    python -m horovod_recipes.install_horovod [--gpu] [--check]
 
-With `--check` it only looks whether this machine can build it.
+It has Gloo, and MPI where `mpicxx` is found. With `--gpu` it has CUDA and NCCL
+too, against NVIDIA's packages on PyPI (docs/gpu_build.md). With `--check` this
+only looks whether the machine can build it.
 
 Horovod's last release does not compile against TensorFlow 2.16 and later: one
 source file, of XLA operations for GPUs, includes headers that moved. Without
@@ -32,7 +34,22 @@ RUN_REQUIREMENTS = ("cloudpickle", "packaging", "psutil", "pyyaml")
 # Horovod's setup.py also needs those of the run while it builds.
 BUILD_REQUIREMENTS = ("setuptools==80.9.0", "wheel==0.48.0", *RUN_REQUIREMENTS)
 CMAKE_REQUIREMENT = "cmake==3.31.6"
+# A whole compiler is on PyPI from CUDA 13 on: its kernels need NVIDIA's driver
+# 580 or later. CUDA's runtime is the one that TensorFlow loads.
+CUDA_REQUIREMENTS = (
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+)
+# From T4 to Blackwell, in CUDA's numbers of compute capabilities.
+CUDA_ARCHITECTURES = "75,80,86,89,90,100,120"
+# NCCL is shared with TensorFlow: this is what tensorflow[and-cuda] asks for.
+NCCL_REQUIREMENT = "nvidia-nccl-cu12>=2.27.7,<3"
+GPU_TENSORFLOW = "2.21"
 FIX = "run: python -m horovod_recipes.install_horovod"
+MPI_FIX = "mpicxx was not found (Debian: libopenmpi-dev, openmpi-bin)"
 
 
 class InstallError(Exception):
@@ -41,9 +58,14 @@ class InstallError(Exception):
 
 def main(arguments):
     try:
+        unknown = set(arguments) - {"--gpu", "--check"}
+        if unknown:
+            raise InstallError(
+                f"unknown argument {min(unknown)}; there are --gpu and --check"
+            )
         check_machine()
-        if arguments != ["--check"]:
-            install()
+        if "--check" not in arguments:
+            install(gpu="--gpu" in arguments)
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -55,33 +77,43 @@ def main(arguments):
     return 0
 
 
-def install():
+def install(gpu):
     """Installs Horovod into this Python, or raises `InstallError`."""
-    tensorflow = tensorflow_version()
-    if is_current(tensorflow):
-        print(f"Horovod {HOROVOD_VERSION} for TensorFlow {tensorflow} is here")
+    tensorflow, options = tensorflow_version(), build_options(gpu)
+    if gpu:
+        check_tensorflow_for_gpu(tensorflow)
+    what = (
+        f"Horovod {HOROVOD_VERSION} for TensorFlow {tensorflow} with "
+        f"{' and '.join(options)}"
+    )
+    reason_to_build = why_not_current(tensorflow, options)
+    if reason_to_build is None:
+        print(f"{what} is here")
         return
-    wheel = cached_wheel(tensorflow)
+    print(reason_to_build, flush=True)
+    if "mpi" not in options:
+        print(f"no MPI in this build: {MPI_FIX}", flush=True)
+    pip("install", *run_requirements(options))
+    wheel = cached_wheel(tensorflow, options)
     was_cached = wheel.exists()
     if not was_cached:
-        build_wheel(wheel)
+        build_wheel(wheel, options)
     try:
-        install_wheel(wheel)
+        install_wheel(wheel, options)
     except InstallError:
         if not was_cached:
             raise
         # It may be of another machine that shares the folder, say.
-        build_wheel(wheel)
-        install_wheel(wheel)
-    print(f"installed Horovod {HOROVOD_VERSION} for TensorFlow {tensorflow}")
+        build_wheel(wheel, options)
+        install_wheel(wheel, options)
+    print(f"installed {what}")
 
 
-def install_wheel(wheel):
+def install_wheel(wheel, options):
     """Installs a wheel and proves that it works; if not, leaves neither."""
-    pip("install", *RUN_REQUIREMENTS)
     try:
         pip("install", "--force-reinstall", "--no-deps", str(wheel))
-        prove()
+        prove(options)
     except BaseException:
         pip("uninstall", "--yes", "horovod")
         wheel.unlink(missing_ok=True)
@@ -131,17 +163,48 @@ def tensorflow_version():
     return version
 
 
-def is_current(tensorflow):
-    """Whether a Horovod as this would build it is installed, and works."""
+def check_tensorflow_for_gpu(version):
+    """Raises `InstallError` unless this TensorFlow is one for GPUs."""
+    fix = f"install tensorflow[and-cuda]=={GPU_TENSORFLOW}.*"
+    if not version.startswith(f"{GPU_TENSORFLOW}."):
+        raise InstallError(
+            f"--gpu was not tried with TensorFlow {version}; {fix}"
+        )
     try:
-        if importlib.metadata.version("horovod") != HOROVOD_VERSION:
-            return False
-        if built_for() != tensorflow:
-            return False
-        prove()
-    except (importlib.metadata.PackageNotFoundError, InstallError):
-        return False
-    return True
+        importlib.metadata.version("tensorflow")
+    except importlib.metadata.PackageNotFoundError:
+        raise InstallError(
+            f"--gpu is of no use with tensorflow-cpu; {fix}"
+        ) from None
+
+
+def build_options(gpu):
+    """Returns what to build Horovod with; each has its `hvd.NAME_built()`."""
+    mpi = ("mpi",) if shutil.which("mpicxx") else ()
+    return ("gloo", *mpi, *(("cuda", "nccl") if gpu else ()))
+
+
+def run_requirements(options):
+    """Returns the packages that Horovod needs to run."""
+    nccl = (NCCL_REQUIREMENT,) if "nccl" in options else ()
+    return (*RUN_REQUIREMENTS, *nccl)
+
+
+def why_not_current(tensorflow, options):
+    """Returns why the installed Horovod does not do, in a line, or None."""
+    try:
+        version = importlib.metadata.version("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return "Horovod is not installed"
+    if version != HOROVOD_VERSION:
+        return f"Horovod {version} is installed"
+    if built_for() != tensorflow:
+        return f"the installed Horovod was built for TensorFlow {built_for()}"
+    try:
+        prove(options)
+    except InstallError as error:
+        return str(error)
+    return None
 
 
 def built_for():
@@ -178,32 +241,31 @@ def check_installed():
         )
 
 
-def mpi_is_there():
-    return shutil.which("mpicxx") is not None
-
-
-def cached_wheel(tensorflow):
+def cached_wheel(tensorflow, options):
     """Returns where the wheel is, or will be once it is built."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    options = "gloo-mpi" if mpi_is_there() else "gloo"
     platform = sysconfig.get_platform().replace("-", "_")
     return (
         pathlib.Path(cache, "keras-lars")
-        / f"horovod-tensorflow-{tensorflow}-{options}"
+        / f"horovod-tensorflow-{tensorflow}-{'-'.join(options)}"
         / f"horovod-{HOROVOD_VERSION}-{python}-{python}-{platform}.whl"
     )
 
 
-def build_wheel(wheel):
+def build_wheel(wheel, options):
     """Builds Horovod from its source on PyPI and puts the wheel in place."""
     print("building Horovod: takes 2 to 4 minutes on 2 cores", flush=True)
     wheel.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="horovod-build-") as folder:
         folder = pathlib.Path(folder)
-        environment = build_environment(folder / "requirements")
+        environment = build_environment(folder / "requirements", options)
         source = unpack_source(folder, environment)
         leave_out_xla_operations(source)
+        if "cuda" in options:
+            environment |= cuda_environment(folder / "cuda", environment)
+            take_streams_from_their_handles(source)
+            find_nccl_beside_horovod(source)
         pip(
             "wheel",
             "--no-deps",
@@ -220,7 +282,7 @@ def build_wheel(wheel):
         os.replace(part, wheel)
 
 
-def build_environment(folder):
+def build_environment(folder, options):
     """Installs what the build needs into a folder; returns the environment."""
     requirements = list(BUILD_REQUIREMENTS)
     if shutil.which("cmake") is None:
@@ -249,8 +311,8 @@ def build_environment(folder):
         "HOROVOD_WITHOUT_MXNET": "1",
         "HOROVOD_WITH_GLOO": "1",
     }
-    mpi = "HOROVOD_WITH_MPI" if mpi_is_there() else "HOROVOD_WITHOUT_MPI"
-    environment[mpi] = "1"
+    with_mpi = "WITH" if "mpi" in options else "WITHOUT"
+    environment[f"HOROVOD_{with_mpi}_MPI"] = "1"
     return environment
 
 
@@ -278,22 +340,90 @@ def unpack_source(folder, environment):
     return folder / f"horovod-{HOROVOD_VERSION}"
 
 
+def cuda_environment(folder, environment):
+    """Installs CUDA's compiler into a folder; returns what the build needs."""
+    pip("install", "--no-deps", "--target", str(folder), *CUDA_REQUIREMENTS)
+    home = folder / "nvidia" / "cu13"
+    nccl = pathlib.Path(sysconfig.get_path("purelib"), "nvidia", "nccl")
+    # The packages have no names to link by, and CMake looks in lib64.
+    (home / "lib64").symlink_to("lib")
+    (home / "lib" / "libcudart.so").symlink_to("libcudart.so.13")
+    (home / "lib" / "libnccl.so").symlink_to(nccl / "lib" / "libnccl.so.2")
+    return {
+        "PATH": os.pathsep.join([str(home / "bin"), environment["PATH"]]),
+        "HOROVOD_CUDA_HOME": str(home),
+        "HOROVOD_BUILD_CUDA_CC_LIST": CUDA_ARCHITECTURES,
+        "HOROVOD_GPU": "CUDA",
+        "HOROVOD_GPU_OPERATIONS": "NCCL",
+        "HOROVOD_NCCL_INCLUDE": str(nccl / "include"),
+        "HOROVOD_NCCL_LIB": str(home / "lib"),
+        "HOROVOD_NCCL_LINK": "SHARED",
+        "HOROVOD_WITHOUT_NVTX": "1",
+    }
+
+
 def leave_out_xla_operations(source):
     path = source / "horovod" / "tensorflow" / "CMakeLists.txt"
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if "xla_mpi_ops.cc" not in line]
-    assert len(kept) == len(lines) - 1, f"{path} is not as expected"
-    path.write_text("".join(kept))
+    operations = '"${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc"'
+    replace(path, f"list(APPEND TF_SOURCES {operations})\n", "")
 
 
-def prove():
-    """Imports the installed Horovod in a new process and runs a collective."""
+def take_streams_from_their_handles(source):
+    """Defines the function of TensorFlow that is no longer exported."""
+    path = source / "horovod" / "tensorflow" / "mpi_ops.cc"
+    before = "#endif // HAVE_GPU\n\n// Undef LOG macro from TensorFlow\n"
+    definition = """
+namespace stream_executor {
+namespace gpu {
+GpuStreamHandle AsGpuStreamValue(Stream* stream) {
+  auto handle = stream->platform_specific_handle();
+  return static_cast<GpuStreamHandle>(handle.stream);
+}
+} // namespace gpu
+} // namespace stream_executor
+"""
+    replace(path, before, definition + before)
+
+
+def find_nccl_beside_horovod(source):
+    """Has the library look for NCCL in the environment that it is in."""
+    path = source / "horovod" / "tensorflow" / "CMakeLists.txt"
+    name = 'set_target_properties(${TF_TARGET_LIB} PROPERTIES PREFIX "")\n'
+    search_path = (
+        "set_target_properties(${TF_TARGET_LIB} PROPERTIES\n"
+        "    BUILD_WITH_INSTALL_RPATH TRUE\n"
+        '    INSTALL_RPATH "$ORIGIN/../../nvidia/nccl/lib")\n'
+    )
+    replace(path, name, name + search_path)
+
+
+def replace(path, old, new):
+    """Replaces what must be in a file once."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path} is not as expected"
+    path.write_text(text.replace(old, new))
+
+
+def prove(options):
+    """Imports the installed Horovod in a new process and runs a collective.
+
+    Raises `InstallError` if it fails, or was built without one of the options.
+    """
     script = (
         "import horovod.tensorflow as hvd, tensorflow as tf; hvd.init(); "
         "assert hvd.allreduce(tf.ones(3), op=hvd.Sum).numpy().sum() == 3; "
-        f"assert hvd.gloo_built() and hvd.mpi_built() >= {mpi_is_there()}"
+        f"options = {options}; "
+        "missing = [o for o in options if not getattr(hvd, o + '_built')()]; "
+        "print('missing:', *missing)"
     )
-    run("the installed Horovod does not work", [sys.executable, "-c", script])
+    output = run(
+        "the installed Horovod does not work", [sys.executable, "-c", script]
+    )
+    (line,) = [s for s in output.splitlines() if s.startswith("missing:")]
+    if missing := line.split()[1:]:
+        raise InstallError(
+            f"the installed Horovod was built without {' and '.join(missing)}"
+        )
 
 
 def pip(*arguments, environment=None):
@@ -305,7 +435,10 @@ def pip(*arguments, environment=None):
 
 
 def run(failure, command, environment=None):
-    """Runs a command quietly; raises `InstallError` with what went wrong."""
+    """Runs a command quietly and returns what it printed.
+
+    Raises `InstallError` with what went wrong.
+    """
     result = subprocess.run(
         command,
         env=environment,
@@ -321,6 +454,7 @@ def run(failure, command, environment=None):
         raise InstallError(
             f"{failure}: {reason(result.stdout)} (all of it: {log.name})"
         )
+    return result.stdout
 
 
 def reason(log):

@@ -21,6 +21,7 @@ COUNTS = (
     "keep_checkpoints",
     "log_trust_ratios_every_steps",
     "check_replicas_every_steps",
+    "hang_seconds",
 )
 KEYS = COUNTS + (
     "model.name",

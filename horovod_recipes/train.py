@@ -72,12 +72,19 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
             checkpoint saved.
         JobError: On every rank, if the config, the data or `workdir` do not
             serve, if the weights are no longer finite or differ between ranks,
-            if an image cannot be decoded, or if a checkpoint cannot be
-            written.
+            if an image cannot be decoded, if a checkpoint cannot be written, or
+            if a rank is lost.
     """
-    workdir = pathlib.Path(workdir)
     with raised_on_every_rank():
         check_config(config)
+    with hvd.callbacks.Watchdog(config.hang_seconds) as watchdog:
+        return _train_and_evaluate(
+            config, config_name, pathlib.Path(workdir), mode, watchdog
+        )
+
+
+def _train_and_evaluate(config, config_name, workdir, mode, watchdog):
+    with raised_on_every_rank():
         source = load_source(config.dataset.name, config.dataset.data_dir)
         check_source(config, source)
         job = job_size(config, hvd.size())
@@ -122,9 +129,12 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
                     config, job, schedule, workdir, throughput
                 ),
             ]
-    try:
-        with training_callbacks.sigterm_noted() as asked:
+    # horovodrun sends a SIGTERM when another rank has ended; there must be time
+    # to find out which.
+    with training_callbacks.sigterm_noted() as asked:
+        try:
             callbacks = [
+                watchdog,
                 hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
                 hvd.callbacks.AverageNonTrainableWeights(),
                 hvd.callbacks.ExactMetrics(),
@@ -158,13 +168,15 @@ def train_and_evaluate(config, config_name, workdir, mode="new"):
                 top1, epochs = fit(
                     model, config, job, part, training, evaluation, callbacks
                 )
-        if top1 is None:
-            top1 = hvd.evaluate(model, evaluation, verbose=0)["top1"]
-        skipped = hvd.allgather_object(corrupt_images.names)
-    except hvd.callbacks.ReplicasDiffer as error:
-        raise JobError(str(error)) from error
-    except (*SHUTDOWN_ERRORS, OSError) as error:
-        raise stop_reason(error) from error
+            if top1 is None:
+                top1 = hvd.evaluate(
+                    model, evaluation, verbose=0, callbacks=[watchdog]
+                )["top1"]
+            skipped = hvd.allgather_object(corrupt_images.names)
+        except hvd.callbacks.ReplicasDiffer as error:
+            raise JobError(str(error)) from error
+        except (*SHUTDOWN_ERRORS, OSError) as error:
+            raise stop_reason(error) from error
     summary = {
         "config": config_name,
         "ranks": job.ranks,

@@ -12,9 +12,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = (sys.executable, "-m", "horovod_recipes.train")
 HOROVODRUN = (
     str(pathlib.Path(sys.executable).with_name("horovodrun")),
+    "--gloo",
     "-np",
     "2",
 )
+MPIRUN = (HOROVODRUN[0], "--mpi", "-np", "2")
+# As horovodrun tells a rank its number, or Open MPI.
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def run(*command, seconds=300):
@@ -52,9 +56,10 @@ def run_until_sigterm(*command, rank, path, seconds=300):
 
 def _is_rank(process, rank):
     try:
+        environment = process.environ()
         return (
             process.name().startswith("python")
-            and process.environ().get("HOROVOD_RANK") == str(rank)
+            and str(rank) in [environment.get(name) for name in RANK_VARIABLES]
             and process.cmdline()[1:3] == list(TRAIN[1:])
         )
     except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -235,6 +235,14 @@ def accumulation(hvd):
 
 
 def metric_average(hvd):
+    return accuracy(hvd, "MetricAverageCallback", expected=0.5)
+
+
+def exact_metrics(hvd):
+    return accuracy(hvd, "ExactMetrics", expected=0.75)
+
+
+def accuracy(hvd, callback, expected):
     """Rank 0 has 30 examples, all classified right; rank 1 has 10, wrong."""
     model = create_model(
         hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)),
@@ -249,11 +257,11 @@ def metric_average(hvd):
         y[:number],
         batch_size=number,
         verbose=0,
-        callbacks=[hvd.callbacks.MetricAverageCallback()],
+        callbacks=[getattr(hvd.callbacks, callback)()],
     )
-    accuracy = history.history["accuracy"][0]
-    return abs(accuracy - 0.75) < 1e-6, (
-        f"accuracy of all 40 examples: {accuracy:.2f}, where 0.75 is right"
+    result = history.history["accuracy"][0]
+    return abs(result - expected) < 1e-6, (
+        f"accuracy {result:.2f}, where {expected} is right"
     )
 
 
@@ -283,7 +291,8 @@ def best_model_checkpoint(hvd):
         callback = hvd.callbacks.BestModelCheckpoint(monitor="loss")
         callback.filepath = f"{folder}/best.keras"
         fit(model, hvd, callbacks=[callback])
-        there = pathlib.Path(callback.filepath).exists()
+        # Rank 0 saves.
+        there, _ = of_all_ranks(pathlib.Path(callback.filepath).exists())
     return there, "best model saved" if there else "no file"
 
 
@@ -338,7 +347,8 @@ TRIALS = {
     "`load_model` goes on averaging": load_model,
     "saved model loads with Keras alone": loads_without_horovod,
     "`get_config`, `from_config`": config_round_trip,
-    "`MetricAverageCallback`, unequal shards": metric_average,
+    "`MetricAverageCallback`, mean of the ranks": metric_average,
+    "metrics weighted by examples, `ExactMetrics`": exact_metrics,
     "`LearningRateWarmupCallback`": warmup_callback,
     "`BestModelCheckpoint`": best_model_checkpoint,
     "`elastic.KerasState` saves and restores": elastic_state,

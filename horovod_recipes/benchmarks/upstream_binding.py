@@ -4,7 +4,7 @@
 
 tries each with Horovod's own binding and with this one, on two ranks, every
 trial as a `horovodrun -np 2` of its own with a time limit. The verdicts are
-what `binding_trials` measures: 34 jobs, 8 minutes on two cores.
+what `binding_trials` measures: 36 jobs.
 """
 
 import json

@@ -51,6 +51,9 @@ def get_config():
     # Compares the ranks' weights and optimizer states, and stops where they
     # differ.
     config.check_replicas_every_steps = 100
+    # Without progress for so long, as from one batch to the next, a rank ends
+    # the job and names the rank that hangs. More than the first step takes.
+    config.hang_seconds = 600
     # In percent: summary.json says when it was reached; None for no target.
     config.target_top1 = config_dict.placeholder(float)
     config.stop_at_target = False

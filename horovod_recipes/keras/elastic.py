@@ -58,9 +58,8 @@ def run(func):
     left to do, and all that depends on `hvd.size()`, belongs into the function.
 
     Args:
-        func: A function whose first argument is the state. It may not
-            communicate before it is called, nor leave collectives that not
-            all ranks take part in.
+        func: A function whose first argument is the state. A script calls no
+            collective before it: a new rank would wait for the others there.
 
     Returns:
         The function, wrapped. It returns what `func` does.
@@ -68,7 +67,6 @@ def run(func):
     Raises:
         Exception: Whatever `func` raises and is not a failed collective; the
             rank then ends, and the job goes on without its host.
-        RuntimeError: On a rank that cannot go on: its host was removed.
     """
 
     @functools.wraps(func)
@@ -88,25 +86,13 @@ def run(func):
                     state.restore()
                 # All ranks synchronize after this, also where Horovod would
                 # not: a rank may have been added since the interrupt.
-                _join_the_new_ranks()
+                shutdown()
+                init()
                 state.on_reset()
         finally:
             notification_manager.remove_listener(state)
 
     return wrapper
-
-
-def _join_the_new_ranks():
-    shutdown()
-    try:
-        init()
-    except ValueError as error:
-        # Horovod cannot try again in the same process.
-        raise RuntimeError(
-            "This rank ends, as it cannot join the others: its host was "
-            "removed from the job, or one more rank was lost meanwhile. "
-            "Horovod's own message is above."
-        ) from error
 
 
 def is_lost_rank(error):

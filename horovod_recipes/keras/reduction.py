@@ -10,6 +10,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras import watchdog
 from horovod_recipes.keras.xla import check_outside_xla
 
 
@@ -132,8 +133,8 @@ class GradientReduction:
         return results
 
     def _allreduce(self, tensors, name):
-        return hvd.grouped_allreduce(
-            tensors,
+        allreduce = functools.partial(
+            hvd.grouped_allreduce,
             op=self._op,
             prescale_factor=1.0 / self._predivide_factor,
             postscale_factor=self._predivide_factor,
@@ -142,6 +143,7 @@ class GradientReduction:
             process_set=self._process_set,
             name=name,
         )
+        return watchdog.noted(allreduce)(tensors)
 
     def _allgather(self, slices, name):
         """Returns the sum, or mean, of sparse gradients, each row once.
@@ -155,8 +157,12 @@ class GradientReduction:
         )
         gather = functools.partial(hvd.allgather, process_set=self._process_set)
         with tf.device(self._device_sparse):
-            values = gather(values, name=f"{name}_values")
-            indices = gather(slices.indices, name=f"{name}_indices")
+            values, indices = watchdog.noted(
+                lambda tensors: [
+                    gather(tensors[0], name=f"{name}_values"),
+                    gather(tensors[1], name=f"{name}_indices"),
+                ]
+            )([values, slices.indices])
         values = self._compression.decompress(values, context)
         # On a GPU the order of these additions, and so the last bit of their
         # sum, would differ between ranks.

@@ -4,6 +4,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras import watchdog
 from horovod_recipes.keras.xla import check_outside_xla
 
 
@@ -62,10 +63,10 @@ class _MomentsOfAllRanks:
         count = tf.cast(tf.reshape(count, [1]), tf.float64)
         local_mean = tf.cast(mean, tf.float64)
         local_square = tf.cast(variance, tf.float64) + local_mean**2
-        sums = hvd.allreduce(
-            tf.concat([count, count * local_mean, count * local_square], 0),
-            op=hvd.Sum,
-        )
+        local = tf.concat([count, count * local_mean, count * local_square], 0)
+        (sums,) = watchdog.noted(
+            lambda tensors: [hvd.allreduce(*tensors, op=hvd.Sum)]
+        )([local])
         total_mean, total_square = tf.split(sums[1:] / sums[0], 2)
         total_variance = total_square - total_mean**2
         return (

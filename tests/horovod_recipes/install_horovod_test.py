@@ -44,18 +44,40 @@ def test_missing_tensorflow():
     )
 
 
-@pytest.mark.parametrize("version", ["2.15.1", "2.22.0"])
-def test_unsupported_tensorflow(tmp_path, version):
-    info = tmp_path / f"tensorflow-{version}.dist-info"
+def run_beside(tmp_path, package, *arguments):
+    """Runs the installer where only so much as the metadata are installed."""
+    name, version = package.split("==")
+    info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Name: tensorflow\nVersion: {version}\n")
-    result = run(
+    (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    return run(
         "-S",
-        "-m",
-        "horovod_recipes.install_horovod",
+        *("-m", "horovod_recipes.install_horovod", *arguments),
         PYTHONPATH=f"{tmp_path}:{ROOT}",
     )
+
+
+@pytest.mark.parametrize("version", ["2.15.1", "2.22.0"])
+def test_unsupported_tensorflow(tmp_path, version):
+    result = run_beside(tmp_path, f"tensorflow=={version}")
     assert_one_line(result, f"TensorFlow {version}", "2.16 to 2.21")
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("tensorflow-cpu==2.21.0", "--gpu is of no use with tensorflow-cpu"),
+        ("tensorflow==2.20.0", "--gpu was not tried with TensorFlow 2.20.0"),
+    ],
+)
+def test_gpu_build_needs_a_tensorflow_for_gpus(tmp_path, package, message):
+    result = run_beside(tmp_path, package, "--gpu")
+    assert_one_line(result, message, "install tensorflow[and-cuda]==2.21.*")
+
+
+def test_unknown_argument():
+    result = run("-m", "horovod_recipes.install_horovod", "--gpus")
+    assert_one_line(result, "unknown argument --gpus", "--gpu and --check")
 
 
 def test_unsupported_python(monkeypatch):
@@ -70,24 +92,61 @@ def test_failed_build_leaves_no_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wheel = install_horovod.cached_wheel("2.21.0")
+    wheel = install_horovod.cached_wheel("2.21.0", ("gloo",))
     with pytest.raises(install_horovod.InstallError, match="pip install"):
-        install_horovod.build_wheel(wheel)
+        install_horovod.build_wheel(wheel, ("gloo",))
     assert list(tmp_path.rglob("*.whl")) == []
 
 
-def test_wheels_are_cached_by_tensorflow_and_python(tmp_path, monkeypatch):
+def test_wheels_are_cached_by_tensorflow_python_and_options(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wheels = {install_horovod.cached_wheel(v) for v in ("2.16.2", "2.21.0")}
-    assert len(wheels) == 2
+    wheels = {
+        install_horovod.cached_wheel(tensorflow, options)
+        for tensorflow in ("2.16.2", "2.21.0")
+        for options in (("gloo",), ("gloo", "mpi"))
+    }
+    assert len(wheels) == 4
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert all(python in wheel.name for wheel in wheels)
     assert all(tmp_path in wheel.parents for wheel in wheels)
 
 
 def test_what_is_installed_is_current():
-    assert install_horovod.is_current(install_horovod.tensorflow_version())
-    assert not install_horovod.is_current("2.16.2")
+    tensorflow = install_horovod.tensorflow_version()
+    options = install_horovod.build_options(gpu=False)
+    assert install_horovod.why_not_current(tensorflow, options) is None
+    assert install_horovod.why_not_current("2.16.2", options) == (
+        f"the installed Horovod was built for TensorFlow {tensorflow}"
+    )
+
+
+def test_builds_with_mpi_where_mpicxx_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert install_horovod.build_options(gpu=False) == ("gloo",)
+    (tmp_path / "mpicxx").touch(mode=0o755)
+    assert install_horovod.build_options(gpu=False) == ("gloo", "mpi")
+    assert install_horovod.build_options(gpu=True) == (
+        *("gloo", "mpi", "cuda", "nccl"),
+    )
+
+
+def test_installed_without_an_option_is_not_current():
+    # No build has it: a build without MPI is met where MPI appears later.
+    with pytest.raises(
+        install_horovod.InstallError, match=r"built without ddl$"
+    ):
+        install_horovod.prove(("gloo", "ddl"))
+
+
+def test_source_that_is_not_as_expected_is_not_changed(tmp_path):
+    path = tmp_path / "CMakeLists.txt"
+    for text in ("other\n", "old\nold\n"):
+        path.write_text(text)
+        with pytest.raises(AssertionError, match="is not as expected"):
+            install_horovod.replace(path, "old", "new")
+        assert path.read_text() == text
 
 
 def test_reason_is_the_compilers_error():
@@ -110,9 +169,13 @@ def test_reason_is_the_compilers_error():
 def test_build_ignores_settings_that_are_not_in_the_key(tmp_path, monkeypatch):
     monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
     monkeypatch.setattr(install_horovod, "pip", lambda *_: None)
-    environment = install_horovod.build_environment(tmp_path)
+    environment = install_horovod.build_environment(tmp_path, ("gloo",))
     assert "HOROVOD_GPU_OPERATIONS" not in environment
     assert environment["HOROVOD_WITH_GLOO"] == "1"
+    assert environment["HOROVOD_WITHOUT_MPI"] == "1"
+    environment = install_horovod.build_environment(tmp_path, ("gloo", "mpi"))
+    assert environment["HOROVOD_WITH_MPI"] == "1"
+    assert "HOROVOD_WITHOUT_MPI" not in environment
 
 
 def test_wheel_that_does_not_work_is_uninstalled_and_forgotten(
@@ -148,7 +211,7 @@ def test_wheel_that_does_not_work_is_uninstalled_and_forgotten(
     (wheel,) = tmp_path.glob("horovod-*.whl")
     monkeypatch.setattr(sys, "executable", python)
     with pytest.raises(install_horovod.InstallError, match="does not work"):
-        install_horovod.install_wheel(wheel)
+        install_horovod.install_wheel(wheel, ("gloo",))
     assert not wheel.exists()
     shown = subprocess.run(
         [python, "-m", "pip", "show", "horovod"], timeout=300

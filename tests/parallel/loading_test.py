@@ -31,10 +31,14 @@ def fit(model, part):
     model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
 
 
-def create_model(optimizer, loss="mse"):
+def create_model(optimizer, loss=None):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    model.compile(hvd.DistributedOptimizer(optimizer), loss, jit_compile=False)
+    model.compile(
+        hvd.DistributedOptimizer(optimizer),
+        loss or keras.losses.MeanSquaredError(),
+        jit_compile=False,
+    )
     return model
 
 

@@ -91,11 +91,15 @@ def test_corrupt_image_ends_all_ranks(tmp_path):
     )
     assert result.returncode == 1
     first, second = sorted(error_lines(result))
-    assert first.startswith("[0]<stderr>:error: rank 0 stopped because another")
-    assert second == (
-        f"[1]<stderr>:error: rank 1 met a corrupt image: {name}; replace it, "
+    reason = (
+        f"rank 1 met a corrupt image: {name}; replace it, "
         "or train without it: --config.dataset.corrupt_images=skip"
     )
+    assert first == (
+        "[0]<stderr>:error: rank 0 stopped: rank 1 on localhost failed: "
+        + reason
+    )
+    assert second == f"[1]<stderr>:error: {reason}"
     assert not (workdir / "summary.json").exists()
     assert not list(workdir.rglob(".part-*"))
 

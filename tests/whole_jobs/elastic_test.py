@@ -162,15 +162,17 @@ def test_updates_are_means_over_the_ranks_there_are(tmp_path):
     command = elastic(
         *(tmp_path, TWO_HOSTS, sys.executable, "-m", "tests.elastic_job"),
         "127.0.0.1",
-        options=("--blacklist-cooldown-range", "1", "2"),
+        options=("--blacklist-cooldown-range", "10", "20"),
     )
     result = run(*command, seconds=500)
     assert result.returncode == 0, result.stderr
     (line,) = [x for x in result.stdout.splitlines() if '"updates"' in x]
     values = json.loads(line.partition("<stdout>:")[2])
     sizes = [size for size, _ in values["updates"]]
-    # The fifth update was lost with the rank, and made again without it.
-    assert sizes[:5] == [2, 2, 2, 2, 1]
+    # The other rank may have had the fifth, in which it died, and committed it.
+    number = sizes.index(1)
+    assert number in (4, 5)
+    assert sizes[:number] == [2] * number
     assert sizes[-3:] == [2, 2, 2]
     for size, update in values["updates"]:
         assert update == {1: 1.0, 2: 4.0}[size]

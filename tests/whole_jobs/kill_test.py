@@ -88,7 +88,7 @@ def test_sigterm_then_resume_on_one_rank(tmp_path):
 
     # On three ranks it says why not.
     refused = run(
-        *(HOROVODRUN[0], "-np", "3", *TRAIN, *arguments),
+        *(HOROVODRUN[0], "--gloo", "-np", "3", *TRAIN, *arguments),
         *(f"--workdir={workdir}", "--resume"),
     )
     assert refused.returncode == 1

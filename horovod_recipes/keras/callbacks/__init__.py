@@ -1,7 +1,8 @@
 """Callbacks for `model.fit` on several ranks.
 
 Those of `horovod.tensorflow.keras.callbacks`, with the same arguments, and more
-that keep the ranks alike, make metrics exact, and see replicas that differ.
+that keep the ranks alike, make metrics exact, and see replicas that differ and
+ranks that hang.
 """
 
 from horovod_recipes.keras.callbacks.broadcast import AverageNonTrainableWeights
@@ -19,6 +20,7 @@ from horovod_recipes.keras.callbacks.metrics import ExactMetrics
 from horovod_recipes.keras.callbacks.metrics import MetricAverageCallback
 from horovod_recipes.keras.callbacks.replica_check import ReplicaCheck
 from horovod_recipes.keras.callbacks.replica_check import ReplicasDiffer
+from horovod_recipes.keras.watchdog import Watchdog
 
 __all__ = [
     "AverageNonTrainableWeights",
@@ -30,4 +32,5 @@ __all__ = [
     "MetricAverageCallback",
     "ReplicaCheck",
     "ReplicasDiffer",
+    "Watchdog",
 ]

@@ -1,0 +1,29 @@
+"""The hosts that the tests of jobs on several of them share."""
+
+import signal
+
+import pytest
+
+from tests.cluster.hosts import Cluster
+
+
+@pytest.fixture(scope="session")
+def _cluster():
+    # As Ctrl-C does: the hosts are removed before pytest ends.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cluster = Cluster(2)
+    yield cluster
+    cluster.remove()
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def cluster(_cluster):
+    """Two hosts, `h1` and `h2`, that nothing runs on."""
+    for host in _cluster.hosts:
+        # The sshd of a connection takes a moment to end.
+        _cluster.kill(host)
+    yield _cluster
+    for host in _cluster.hosts:
+        _cluster.mend(host)
+        _cluster.kill(host)

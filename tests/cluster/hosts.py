@@ -1,0 +1,267 @@
+"""Hosts on one machine: network namespaces with addresses and sshd.
+
+Each host has one link, `eth0`, to a switch: a bridge in a namespace of its own,
+so that no packet leaves the cluster. Files and processes are the machine's.
+Needs root, Linux, iproute2 and openssh-server. As a program it says whether
+this machine can: python -m tests.cluster.hosts.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+PREFIX = "horovod-test-"
+ETC = pathlib.Path("/etc/netns")
+# Three times without an answer, and ssh and sshd give up. Gloo gives up before,
+# after 30 seconds, so that the ranks can say why.
+SSH_ALIVE_SECONDS = 15
+
+
+class Cluster:
+    """Hosts `h1`, `h2`, ... until `remove`.
+
+    Args:
+        size: Integer, the number of hosts.
+    """
+
+    def __init__(self, size):
+        remove_stale()
+        self.hosts = [f"h{n}" for n in range(1, size + 1)]
+        self._folder = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._sshd = []
+        try:
+            self._create_keys()
+            self._create_switch()
+            for number, host in enumerate(self.hosts, start=1):
+                self._create_host(host, number)
+            for host in self.hosts:
+                self._start_sshd(host)
+        except BaseException:
+            self.remove()
+            raise
+
+    def popen(self, host, *command, **kwargs):
+        """Starts a command on a host; as `subprocess.Popen`."""
+        name = self.namespace(host)
+        return subprocess.Popen(
+            ["ip", "netns", "exec", name, *command], **kwargs
+        )
+
+    def run(self, host, *command, seconds=60):
+        """Runs a command on a host to its end; returns its output."""
+        name = self.namespace(host)
+        return subprocess.run(
+            ["ip", "netns", "exec", name, *command],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        ).stdout
+
+    def cut(self, host):
+        """Pulls the cable of a host at the switch."""
+        _ip("-n", self.namespace("switch"), "link", "set", host, "down")
+
+    def mend(self, host):
+        _ip("-n", self.namespace("switch"), "link", "set", host, "up")
+
+    def slow_down(self, host):
+        """Limits what a host sends to 40 Mbit/s, with 10 ms delay if it can.
+
+        Returns:
+            `"netem"`, or `"tbf"` where the kernel has no netem and so no delay.
+        """
+        link = ("-n", self.namespace(host), "qdisc", "add", "dev", "eth0")
+        try:
+            _run(
+                "tc", *link, "root", "netem", "delay", "10ms", "rate", "40mbit"
+            )
+            return "netem"
+        except RuntimeError:
+            limits = ("rate", "40mbit", "burst", "32k", "latency", "400ms")
+            _run("tc", *link, "root", "tbf", *limits)
+            return "tbf"
+
+    def speed_up(self, host):
+        name = self.namespace(host)
+        _run("tc", "-n", name, "qdisc", "delete", "dev", "eth0", "root")
+
+    def pids(self, host):
+        """Returns the processes of a host, without the `sshd` that listens."""
+        output = _ip("netns", "pids", self.namespace(host))
+        servers = {server.pid for server in self._sshd}
+        return sorted({int(pid) for pid in output.split()} - servers)
+
+    def kill(self, host):
+        """Ends the processes of a host, without the `sshd` that listens."""
+        while pids := self.pids(host):
+            _kill(pids)
+
+    def namespace(self, host):
+        return f"{PREFIX}{os.getpid()}-{host}"
+
+    def remove(self):
+        """Ends all processes of the hosts, and removes the hosts."""
+        for name in namespaces():
+            if name.startswith(f"{PREFIX}{os.getpid()}-"):
+                remove_namespace(name)
+        for server in self._sshd:
+            server.wait()
+        shutil.rmtree(self._folder)
+
+    def _create_keys(self):
+        for name in ("host", "user"):
+            path = str(self._folder / name)
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path)
+
+    def _create_switch(self):
+        name = self.namespace("switch")
+        _ip("netns", "add", name)
+        _ip("-n", name, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", name, "link", "set", "bridge", "up")
+
+    def _create_host(self, host, number):
+        name, switch = self.namespace(host), self.namespace("switch")
+        _ip("netns", "add", name)
+        cable = ("eth0", "netns", name, "type", "veth", "peer", "name", host)
+        _ip("link", "add", *cable, "netns", switch)
+        _ip("-n", switch, "link", "set", host, "master", "bridge", "up")
+        _ip(
+            "-n",
+            name,
+            "address",
+            "add",
+            f"{_address(number)}/24",
+            "dev",
+            "eth0",
+        )
+        for link in ("lo", "eth0"):
+            _ip("-n", name, "link", "set", link, "up")
+        self._write_etc(host, number)
+
+    def _write_etc(self, host, number):
+        """Writes what a host sees in /etc in place of the machine's files."""
+        etc = ETC / self.namespace(host)
+        (etc / "ssh").mkdir(parents=True)
+        names = [
+            f"{_address(n)} {other}" for n, other in enumerate(self.hosts, 1)
+        ]
+        # Gloo looks up the machine's own name, and must not find loopback.
+        names += [f"{_address(number)} {socket.gethostname()}"]
+        (etc / "hosts").write_text(
+            "\n".join(["127.0.0.1 localhost", *names, ""])
+        )
+        (etc / "ssh" / "ssh_config").write_text(
+            f"IdentityFile {self._folder}/user\n"
+            "StrictHostKeyChecking no\n"
+            "UserKnownHostsFile /dev/null\n"
+            "LogLevel ERROR\n"
+            f"ServerAliveInterval {SSH_ALIVE_SECONDS}\n"
+        )
+        (etc / "ssh" / "sshd_config").write_text(
+            f"ListenAddress {_address(number)}\n"
+            f"HostKey {self._folder}/host\n"
+            f"AuthorizedKeysFile {self._folder}/user.pub\n"
+            f"PidFile none\n"
+            "PermitRootLogin prohibit-password\n"
+            "StrictModes no\n"
+            f"ClientAliveInterval {SSH_ALIVE_SECONDS}\n"
+        )
+
+    def _start_sshd(self, host):
+        pathlib.Path("/run/sshd").mkdir(exist_ok=True)
+        log = (self._folder / f"{host}.log").open("w")
+        with log:
+            self._sshd.append(
+                self.popen(host, shutil.which("sshd"), "-D", "-e", stderr=log)
+            )
+        number = self.hosts.index(host) + 1
+        end = time.monotonic() + 20
+        while self._sshd[-1].poll() is None and time.monotonic() < end:
+            try:
+                self.run(
+                    host, "bash", "-c", f"< /dev/tcp/{_address(number)}/22"
+                )
+                return
+            except subprocess.CalledProcessError:
+                time.sleep(0.1)
+        raise RuntimeError(
+            f"no sshd on {host}: {pathlib.Path(log.name).read_text()}"
+        )
+
+
+def remove_stale():
+    """Removes what runs left behind that were killed before they could."""
+    for name in namespaces():
+        pid = name.removeprefix(PREFIX).partition("-")[0]
+        if (
+            name.startswith(PREFIX)
+            and not pathlib.Path(f"/proc/{pid}").exists()
+        ):
+            remove_namespace(name)
+
+
+def namespaces():
+    lines = _ip("netns", "list").splitlines()
+    return [line.split()[0] for line in lines]
+
+
+def remove_namespace(name):
+    """Kills the processes of a namespace, and removes it."""
+    while pids := _ip("netns", "pids", name).split():
+        _kill(pids)
+    _ip("netns", "delete", name)
+    shutil.rmtree(ETC / name, ignore_errors=True)
+
+
+def _kill(pids):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.1)
+
+
+def _address(number):
+    return f"10.77.0.{number}"
+
+
+def _ip(*arguments):
+    return _run("ip", *arguments)
+
+
+def _run(*command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
+    return result.stdout
+
+
+def why_not():
+    """Returns why this machine cannot have such hosts, or None if it can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    for program, package in (
+        ("ip", "iproute2"),
+        ("tc", "iproute2"),
+        ("sshd", "openssh-server"),
+        ("ssh", "openssh-client"),
+    ):
+        if not shutil.which(program):
+            return f"needs {program}: apt-get install {package}"
+    try:
+        cluster = Cluster(2)
+    except RuntimeError as error:
+        return str(error)
+    cluster.remove()
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(why_not())

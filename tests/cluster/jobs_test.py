@@ -1,0 +1,224 @@
+"""Jobs on two hosts, whose link is cut, slowed down, and mended.
+
+As root: make test-cluster.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import stat
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOROVODRUN = str(pathlib.Path(sys.executable).with_name("horovodrun"))
+LINK = ("--network-interface", "eth0")
+BOTH = ("-np", "2", "-H", "h1:1,h2:1", *LINK)
+DEMO = ("--config=demo", "--config.model.filters=2")
+# Trains until something ends it.
+ENDLESS = (
+    *DEMO,
+    "--config.epochs=100000",
+    "--config.evaluate_every_epochs=100000",
+    "--config.checkpoint_every_epochs=100000",
+)
+# Seconds: the time until a lost rank is noticed, HOROVOD_GLOO_TIMEOUT_SECONDS,
+# the time to name it and to say so, and as much again for a busy machine.
+BOUND = {"kill": 40, "cut": 90}
+
+
+class Job:
+    """`horovodrun` on h1, with what it prints in a file."""
+
+    def __init__(self, cluster, folder, *command, seconds=300):
+        self.log = folder / "job.log"
+        with self.log.open("wb") as log:
+            self.process = cluster.popen(
+                "h1",
+                *("timeout", "--kill-after=10", str(seconds), HOROVODRUN),
+                *("--gloo", *command),
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+            )
+
+    def output(self):
+        # A progress bar ends its lines with carriage returns.
+        text = self.log.read_bytes().decode(errors="replace")
+        return text.replace("\r", "\n")
+
+    def wait_for(self, pattern, seconds=200):
+        """Waits until the job has printed a match; returns it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            if match := re.search(pattern, self.output()):
+                return match
+            time.sleep(0.2)
+        match = re.search(pattern, self.output())
+        assert match, f"no {pattern!r} in:\n{self.output()}"
+        return match
+
+    def wait(self):
+        """Waits for the end; returns the status and the errors of the ranks."""
+        status = self.process.wait()
+        errors = re.findall(r"error: (.*)", self.output())
+        return status, errors
+
+
+def python(module, *arguments):
+    return (sys.executable, "-m", module, *arguments)
+
+
+def pid_of_rank(cluster, host, rank):
+    for pid in cluster.pids(host):
+        process = pathlib.Path("/proc") / str(pid)
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            name = (process / "comm").read_text()
+        except OSError:  # It has ended.
+            continue
+        if name.startswith("python") and b"HOROVOD_RANK=%d" % rank in (
+            environment
+        ):
+            return pid
+    raise AssertionError(f"no rank {rank} on {host}")
+
+
+def assert_nothing_runs(cluster, seconds):
+    """No process of the job is left on any host."""
+    end = time.monotonic() + seconds
+    while any(cluster.pids(h) for h in cluster.hosts):
+        left = {
+            pid: (pathlib.Path("/proc") / str(pid) / "cmdline").read_bytes()
+            for host in cluster.hosts
+            for pid in cluster.pids(host)
+        }
+        assert time.monotonic() < end, left
+        time.sleep(0.5)
+
+
+def test_demo_trains_over_the_link_as_on_one_host(cluster, tmp_path):
+    results = {}
+    for name, hosts in (("two", BOTH), ("one", ("-np", "2"))):
+        workdir = tmp_path / name
+        job = Job(
+            cluster,
+            tmp_path,
+            *hosts,
+            *python("tests.cluster.compared_job", "--config=demo"),
+            *("--config.model.filters=8", "--config.epochs=8"),
+            *("--config.schedule.warmup_epochs=2", "--config.deterministic"),
+            f"--workdir={workdir}",
+        )
+        status, _ = job.wait()
+        assert status == 0, job.output()
+        (line,) = re.findall(r'\{"weights": .*', job.output())
+        summary = json.loads((workdir / "summary.json").read_text())
+        results[name] = (*json.loads(line)["weights"], summary["top1"])
+        assert_nothing_runs(cluster, seconds=10)
+    first, second, top1 = results["two"]
+    assert first == second
+    assert top1 > 80
+    assert results["one"] == results["two"]
+
+
+def test_killed_rank_on_another_host(cluster, tmp_path):
+    workdir = f"--workdir={tmp_path}/run"
+    command = python("horovod_recipes.train", *ENDLESS, workdir)
+    job = Job(cluster, tmp_path, *BOTH, *command)
+    job.wait_for("Epoch 3/")
+    os.kill(pid_of_rank(cluster, "h2", rank=1), signal.SIGKILL)
+    begin = time.monotonic()
+    status, errors = job.wait()
+    seconds = time.monotonic() - begin
+    assert status == 1, job.output()
+    assert seconds < BOUND["kill"]
+    assert "rank 0 stopped: rank 1 on h2 is lost: nothing" in errors[0]
+    assert_nothing_runs(cluster, seconds=20)
+    print(f"a killed rank ended the job in {seconds:.1f} s")
+
+
+def test_cut_link(cluster, tmp_path):
+    """Both ranks end, and each says what it knows."""
+    workdir = f"--workdir={tmp_path}/run"
+    command = python("horovod_recipes.train", *ENDLESS, workdir)
+    job = Job(cluster, tmp_path, *BOTH, *command)
+    job.wait_for("Epoch 3/")
+    cluster.cut("h2")
+    begin = time.monotonic()
+    status, errors = job.wait()
+    seconds = time.monotonic() - begin
+    assert status == 1, job.output()
+    assert seconds < BOUND["cut"]
+    assert "rank 0 stopped: rank 1 on h2 is lost: nothing" in errors[0]
+    # The other host cannot be told; its rank, and then its sshd, which asks in
+    # vain three times, end by themselves.
+    assert_nothing_runs(cluster, seconds=180)
+    print(f"a cut link ended the job in {seconds:.1f} s")
+
+
+def test_slow_link_gives_the_same_result(cluster, tmp_path):
+    changed = tmp_path / "changed"
+    command = python("tests.cluster.allreduce_job", str(changed))
+    job = Job(cluster, tmp_path, *BOTH, *command)
+    job.wait_for("fast done")
+    kinds = [cluster.slow_down(host) for host in cluster.hosts]
+    try:
+        changed.touch()
+        status, _ = job.wait()
+    finally:
+        for host in cluster.hosts:
+            cluster.speed_up(host)
+    assert status == 0, job.output()
+    results = [json.loads(r) for r in re.findall(r"\{.*\}", job.output())]
+    assert len(results) == 2
+    for result in results:
+        assert result["is_right"]
+        # 4 MB each way take 0.8 s at 40 Mbit/s.
+        assert result["slow"] > 0.6
+        assert result["slow"] > 3 * result["fast"]
+    print(f"with {kinds[0]}: {results}")
+
+
+def test_elastic_job_loses_a_host_and_takes_it_back(cluster, tmp_path):
+    """Discovery finds a host while it answers."""
+    discover = tmp_path / "discover.sh"
+    discover.write_text(
+        "#!/bin/bash\n"
+        "for host in h1 h2; do\n"
+        '  timeout 1 bash -c "< /dev/tcp/$host/22" && echo $host:1\n'
+        "done 2> /dev/null\n"
+    )
+    discover.chmod(discover.stat().st_mode | stat.S_IXUSR)
+    job = Job(
+        cluster,
+        tmp_path,
+        *("-np", "2", "--min-np", "1", "--max-np", "2", *LINK),
+        *("--host-discovery-script", str(discover)),
+        *("--blacklist-cooldown-range", "2", "4"),
+        *("--gloo-timeout-seconds", "60"),
+        *python("horovod_recipes.elastic_demo", "--epochs=8", "--pause=0.7"),
+        seconds=600,
+    )
+    job.wait_for('"epoch": 1, "batch": 2')
+    cluster.cut("h2")
+    job.wait_for('"start", "ranks": 1', seconds=200)
+    cluster.mend("h2")
+    job.wait_for('"ranks": 1.*(?s:.*)"start", "ranks": 2', seconds=300)
+    status, _ = job.wait()
+    assert status == 0, job.output()
+    events = [json.loads(e) for e in re.findall(r'\{"event".*\}', job.output())]
+    epochs = [e for e in events if e["event"] == "epoch"]
+    assert {e["used_once"] for e in epochs} == {4000}
+    assert {e["different_weights"] for e in epochs} == {1}
+    (summary,) = [e for e in events if e["event"] == "summary"]
+    assert summary["each_example_once"]
+    assert summary["updates"] == 8 * 8
+    assert summary["ranks"] == 2
+    # Of a job on one rank that nothing happens to: 97.0.
+    assert summary["top1"] == pytest.approx(97, abs=1.5)
+    assert_nothing_runs(cluster, seconds=60)

@@ -1,0 +1,73 @@
+"""Whole jobs under MPI: its launcher starts and ends ranks in its own way."""
+
+import json
+import re
+import sys
+
+from tests.corrupt_dataset import write_corrupt_copy
+from tests.jobs import MPIRUN
+from tests.jobs import TRAIN
+from tests.jobs import error_lines
+from tests.jobs import run
+from tests.jobs import run_until_sigterm
+
+TINY = (
+    "--config=demo",
+    "--config.model.filters=2",
+    "--config.epochs=3",
+    "--config.schedule.warmup_epochs=1",
+    "--config.evaluate_every_epochs=1",
+)
+
+
+def test_all_ranks_are_of_one_job_and_talk_over_mpi():
+    script = (
+        "import horovod_recipes.keras as hvd; hvd.init(); "
+        "assert hvd.mpi_enabled() and not hvd.gloo_enabled(); "
+        "print(hvd.allgather_object([hvd.rank(), hvd.local_rank()]))"
+    )
+    result = run(*MPIRUN, sys.executable, "-c", script)
+    assert result.returncode == 0, result.stderr
+    text = re.sub(r"\[1,\d\]<stdout>:", "", result.stdout)
+    assert text.split("\n") == ["[[0, 0], [1, 1]]", "[[0, 0], [1, 1]]", ""]
+
+
+def test_failure_of_a_rank_ends_the_job_with_its_reason(tmp_path):
+    folder, (name,) = write_corrupt_copy(tmp_path / "data", "train", [3000])
+    workdir = f"--workdir={tmp_path / 'run'}"
+    data = f"--config.dataset.data_dir={folder}"
+    result = run(*MPIRUN, *TRAIN, *TINY, data, workdir)
+    assert result.returncode == 1
+    lines = [line.partition("error: ")[2] for line in error_lines(result)]
+    first, second = sorted(lines)
+    assert first.startswith("rank 0 stopped because another")
+    assert second.startswith(f"rank 1 met a corrupt image: {name}; replace it")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_killed_rank_ends_the_job(tmp_path):
+    script = (
+        "import os, signal, horovod_recipes.keras as hvd; hvd.init()\n"
+        "if hvd.rank() == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "hvd.allgather_object(hvd.rank())"
+    )
+    result = run(*MPIRUN, sys.executable, "-c", script, seconds=120)
+    # `run` itself would end it with 124.
+    assert result.returncode == 137
+    assert "on signal 9 (Killed)" in result.stdout + result.stderr
+
+
+def test_sigterm_to_one_rank_saves_and_the_job_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    job = (*MPIRUN, *TRAIN, *TINY, "--config.global_batch_size=100")
+    status, output = run_until_sigterm(
+        *(*job, f"--workdir={workdir}"), rank=1, path=workdir / "metrics.csv"
+    )
+    assert status == 0, output
+    step = int(re.search(r"stopped by SIGTERM after step (\d+)", output)[1])
+    assert 40 <= step < 120
+    resumed = run(*job, f"--workdir={workdir}", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"from_step={step} " in resumed.stdout
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert (summary["ranks"], summary["steps"]) == (2, 120)
