@@ -106,14 +106,15 @@ def update_function(network, micro_batch, accumulation, xla, process_set):
 def named_allreduce(name, process_set=hvd.global_process_set):
     """Returns a function that waits for all ranks of a set."""
 
-    # Horovod's timeline has the names of operations in a graph alone.
+    # Horovod's timeline has the names of operations in a graph alone, from
+    # which TensorFlow takes what has no result or only constant inputs.
     @tf.function(autograph=False)
-    def wait():
-        hvd.grouped_allreduce(
-            [tf.zeros([1])], name=name, process_set=process_set
+    def allreduce(tensor):
+        return hvd.grouped_allreduce(
+            [tensor], name=name, process_set=process_set
         )
 
-    return wait
+    return lambda: allreduce(tf.zeros([1]))
 
 
 def speeds(updates, images, barrier, rounds):
@@ -309,7 +310,8 @@ def draw(results, ranks, path):
             f"accumulation {line['accumulation']}: speed-up "
             f"{line['speed_up'][0]}"
         )
-    figure.axes[0].legend(ncols=len(PARTS), loc="lower left", fontsize="small")
+    bars = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*bars, loc="outside lower center", ncols=len(PARTS))
     figure.savefig(path, dpi=120)
     print(f"written: {path}")
 
