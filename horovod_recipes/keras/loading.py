@@ -22,7 +22,8 @@ def load_model(
     `DistributedOptimizer(model.optimizer, ...)`.
 
     Args:
-        filepath: String or path, the `.keras` or `.h5` file.
+        filepath: String or path, the `.keras` file. From an `.h5` file Keras 3
+            restores no optimizer.
         custom_optimizers: List of `keras.optimizers.Optimizer` subclasses that
             Keras does not know. Defaults to none.
         custom_objects: Dictionary of names and classes or functions, as for
@@ -34,8 +35,8 @@ def load_model(
         The model, compiled if it was when it was saved.
 
     Raises:
-        ValueError: If `legacy_opts` is true; or as
-            `keras.saving.load_model`.
+        ValueError: If `legacy_opts` is true, or the file's optimizer cannot
+            be restored; or as `keras.saving.load_model`.
     """
     if legacy_opts:
         raise ValueError(
@@ -47,7 +48,16 @@ def load_model(
     objects.update(custom_objects or {})
     model = keras.saving.load_model(filepath, custom_objects=objects)
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and not is_distributed(optimizer):
+    if optimizer is None:
+        return model
+    if optimizer.built and not optimizer._trainable_variables:
+        # Keras builds it for no variables; `fit` would say they are unknown.
+        raise ValueError(
+            f"Keras 3 cannot restore the optimizer of {filepath}, as it cannot "
+            "of any .h5 file. Load it with keras.saving.load_model(filepath, "
+            "compile=False), and compile it with a new DistributedOptimizer."
+        )
+    if not is_distributed(optimizer):
         model.optimizer = DistributedOptimizer(
             optimizer, compression=compression
         )

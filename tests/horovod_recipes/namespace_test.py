@@ -33,6 +33,7 @@ ADDED = {
     "callbacks.ExactMetrics": None,  # As if one process had seen all examples.
     "callbacks.ReplicaCheck": None,  # Finds ranks that have drifted apart.
     "callbacks.ReplicasDiffer": None,  # What it raises.
+    "callbacks.Watchdog": None,  # Ends a job in which a rank hangs.
     "elastic.ElasticSampler": None,  # Each example of an epoch once.
 }
 NAMESPACES = ["", "callbacks", "elastic"]

@@ -220,7 +220,7 @@ OPTIMIZERS = {
     "SGD": lambda: sgd(0.1, momentum=0.9),
     "clipnorm": lambda: sgd(0.1, clipnorm=1.0),
     "Adam": lambda: keras.optimizers.Adam(0.1),
-    "LARS": lambda: LARS(0.1),
+    "LARS": lambda: LARS(10.0),
     "LossScaleOptimizer": lambda: keras.optimizers.LossScaleOptimizer(
         keras.optimizers.Adam(0.1), initial_scale=2.0
     ),
