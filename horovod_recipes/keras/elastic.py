@@ -334,11 +334,23 @@ class ElasticSampler:
             left = self._order(epoch)
 
     def record_batch(self):
-        """Notes that this rank has trained on its next share."""
+        """Notes that this rank has trained on its next share.
+
+        Raises:
+            ValueError: If this epoch has no batch left.
+        """
         if self._shares_left is None:
             shares = self._shares(self._left(), rank(), size())
             self._shares_left = iter(shares)
-        self._recorded.append(next(self._shares_left))
+        share = next(self._shares_left, None)
+        if share is None:
+            raise ValueError(
+                f"Epoch {self.epoch} of an ElasticSampler went on after its "
+                "last batch. The argument `steps_per_epoch` of fit must be the "
+                f"sampler's, {self.steps_per_epoch}, and `steps_per_execution` "
+                "of compile() must divide the batches that are left."
+            )
+        self._recorded.append(share)
 
     def add_up(self):
         """Adds what all ranks have recorded; all ranks call it together."""

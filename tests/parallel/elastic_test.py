@@ -245,6 +245,22 @@ def test_commits_with_steps_per_execution():
     assert commits.found == [(0, 2, 2), (0, 4, 4), (1, 0, 6)]
 
 
+def test_more_batches_than_the_sampler_has_are_an_error():
+    """Keras makes 6 steps of 5: fit would take the sixth for the data's end."""
+    sampler = hvd.elastic.ElasticSampler(10, 2)
+    state = create_state(batch=0, epoch=0, sampler=sampler)
+    state.model.compile(
+        state.optimizer,
+        state.model.loss,
+        jit_compile=False,
+        steps_per_execution=2,
+    )
+    message = "steps_per_epoch` of fit must be the sampler's, 5, and `steps_per"
+    with pytest.raises(ValueError, match=message):
+        fit(state, 5, elastic_callbacks(state, 1), epochs=2)
+    assert sampler.reports == []
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_sampler_deals_out_every_example_once(shuffle):
     sampler = hvd.elastic.ElasticSampler(11, 4, shuffle=shuffle, seed=3)
