@@ -61,7 +61,11 @@ def test_weights_alone(shared_folder):
 
 def test_errors_reach_every_rank(shared_folder):
     callback = hvd.callbacks.BestModelCheckpoint()
-    with pytest.raises(ValueError, match=r"ends in \.keras or \.h5.*None"):
+    with pytest.raises(ValueError, match=r"ends in \.keras\. .*None"):
+        fit(callback)
+    # hvd.load_model would refuse its optimizer.
+    callback.filepath = str(shared_folder / "best.h5")
+    with pytest.raises(ValueError, match=r"ends in \.keras\. .*best\.h5"):
         fit(callback)
     in_the_way = shared_folder / "file"
     if hvd.rank() == 0:

@@ -36,11 +36,9 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         mode="auto",
         save_freq="epoch",
     ):
-        self._endings = (
-            (".weights.h5",) if save_weights_only else (".keras", ".h5")
-        )
+        self._ending = ".weights.h5" if save_weights_only else ".keras"
         super().__init__(
-            f"best{self._endings[0]}",
+            f"best{self._ending}",
             monitor=monitor,
             verbose=verbose,
             save_best_only=True,
@@ -52,10 +50,10 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def on_train_begin(self, logs=None):
         filepath = hvd.broadcast_object(self.filepath, root_rank=0)
-        if not str(filepath).endswith(self._endings):
+        if not str(filepath).endswith(self._ending):
             raise ValueError(
                 "BestModelCheckpoint needs its attribute `filepath` on rank 0, "
-                f"a path that ends in {' or '.join(self._endings)}. Received: "
+                f"a path that ends in {self._ending}. Received: "
                 f"filepath={filepath!r}"
             )
 
