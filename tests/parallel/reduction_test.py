@@ -27,7 +27,7 @@ def updates(gradients, **arguments):
     return [-tf.cast(v.value, "float64").numpy() for v in variables]
 
 
-def horovod_operations(optimizer, variables):
+def horovod_operations(optimizer, variables, sparse=False):
     """Returns the operations of Horovod in one step, in order."""
 
     @tf.function
@@ -36,6 +36,11 @@ def horovod_operations(optimizer, variables):
 
     optimizer.build(variables)
     gradients = [tf.zeros(v.shape, v.dtype) for v in variables]
+    if sparse:
+        gradients = [
+            tf.IndexedSlices(g, tf.range(len(g)), tf.shape(g))
+            for g in gradients
+        ]
     graph = step.get_concrete_function(gradients).graph
     return [op for op in graph.get_operations() if "Horovod" in op.type]
 
@@ -84,6 +89,13 @@ def test_device_is_that_of_the_reduction():
         optimizer = hvd.DistributedOptimizer(sgd(), device_dense=device)
         (operation,) = horovod_operations(optimizer, [variable])
         assert operation.device == device
+
+        # The values and the indices of a sparse gradient.
+        optimizer = hvd.DistributedOptimizer(
+            sgd(), device_sparse=device, op=hvd.Sum
+        )
+        operations = horovod_operations(optimizer, [variable], sparse=True)
+        assert [op.device for op in operations] == [device] * 2
 
 
 def test_groups_as_a_number():
