@@ -28,7 +28,6 @@ from absl import flags
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.benchmarks import report
-from horovod_recipes.keras.train_step import make_train_function
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
 
@@ -91,7 +90,7 @@ def update_function(network, micro_batch, accumulation, xla, process_set):
         jit_compile=xla,
     )
     model.optimizer.build(model.trainable_variables)
-    make_train_function(model)
+    model.make_train_function()
     images = tf.random.uniform(
         [micro_batch, *model.input_shape[1:]], 0, 256, tf.int32
     )

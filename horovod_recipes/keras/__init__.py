@@ -57,6 +57,7 @@ from horovod_recipes.keras.loading import load_model
 from horovod_recipes.keras.optimizer import DistributedOptimizer
 from horovod_recipes.keras.optimizer import PartialDistributedOptimizer
 from horovod_recipes.keras.sync_batch_norm import SyncBatchNormalization
+from horovod_recipes.keras.train_step import split_train_steps
 from horovod_recipes.keras.variables import broadcast_global_variables
 from horovod_recipes.keras.variables import broadcast_variables
 
@@ -108,3 +109,5 @@ __all__ = [
     "start_timeline",
     "stop_timeline",
 ]
+
+split_train_steps()

@@ -38,6 +38,9 @@ def DistributedOptimizer(
     under the policy `mixed_float16`, all ranks check the same gradients for
     infinities, and skip or take a step together.
 
+    Where a model is compiled with `jit_compile`, as it is by default on a
+    machine with a GPU, XLA compiles its training step up to the allreduce.
+
     `register_local_var(var)` of the result leaves the gradients of a
     trainable variable to each rank; call it before the first step.
 
@@ -185,7 +188,7 @@ def PartialDistributedOptimizer(
 
 def is_distributed(optimizer):
     """Whether the optimizer came from `DistributedOptimizer`."""
-    return isinstance(optimizer.apply, _DistributedApply)
+    return isinstance(getattr(optimizer, "apply", None), _DistributedApply)
 
 
 def is_local(optimizer, variable):

@@ -1,55 +1,71 @@
 """Training steps that XLA compiles up to the allreduce, which it cannot."""
 
+import functools
 import warnings
 
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras.optimizer import is_distributed
 from horovod_recipes.keras.sync_batch_norm import is_synchronized
 
 
-def make_train_function(model):
-    """Makes the model's training function anew, as `compile()` asked for it.
+def split_train_steps():
+    """Has Keras split the steps of models with a distributed optimizer.
 
-    With `jit_compile`, XLA compiles the forward and the backward pass and the
-    metrics of each micro-batch into one program, and the optimizer, with its
-    allreduce, runs after it. A model that cannot be split so is trained without
-    XLA, with a warning.
+    With `jit_compile`, which `compile()` turns on by itself where there is a
+    GPU, XLA compiles the forward and the backward pass and the metrics of each
+    micro-batch into one program, and the optimizer, with its allreduce, runs
+    after it. A model that cannot be split so is trained without XLA, with a
+    warning.
 
-    Args:
-        model: A compiled `keras.Model` with a distributed optimizer.
+    Only the model knows both its optimizer and how it is compiled, and neither
+    `fit` nor `compile()` asks the optimizer, so Keras's class is changed.
     """
-    obstacle = obstacle_to_xla(model) if model.jit_compile else None
-    if obstacle:
-        warnings.warn(
-            f"The model was compiled with jit_compile on, and is trained "
-            f"without XLA: {obstacle}. To silence this: "
-            "compile(..., jit_compile=False).",
-            stacklevel=4,
-        )
-        model.jit_compile = False
-    if not model.jit_compile:
-        model.make_train_function(force=True)
-        return
-    # The function keeps these two as they are while it is made. XLA goes on
-    # compiling evaluation, which has no operations of Horovod.
-    model.train_step = split_train_step(model)
-    model.jit_compile = False
-    try:
-        model.make_train_function(force=True)
-    finally:
-        del model.train_step
-        model.jit_compile = True
+    plain = keras.Model.make_train_function
+
+    @functools.wraps(plain)
+    def make_train_function(self, force=False):
+        if self.train_function is not None and not force:
+            return self.train_function
+        optimizer = getattr(self, "optimizer", None)
+        if not is_distributed(optimizer) or not self.jit_compile:
+            return plain(self, force)
+        obstacle = obstacle_to_xla(self)
+        if obstacle:
+            warnings.warn(
+                "The model was compiled with jit_compile on, and is trained "
+                f"without XLA: {obstacle}. To silence this: "
+                "compile(..., jit_compile=False).",
+                stacklevel=4,
+            )
+            self.jit_compile = False
+            return plain(self, force)
+        # XLA would keep the first loss scale of one without variables.
+        if not optimizer.built:
+            optimizer.build(self.trainable_variables)
+        # The function keeps these two as they are while it is made. XLA goes
+        # on compiling evaluation, which has no operations of Horovod.
+        self.train_step = split_train_step(self)
+        self.jit_compile = False
+        try:
+            return plain(self, force)
+        finally:
+            del self.train_step
+            self.jit_compile = True
+
+    keras.Model.make_train_function = make_train_function
 
 
 def obstacle_to_xla(model):
     """Returns why the training step cannot be split; None if it can."""
-    # The program would keep the loss scale of an optimizer without variables.
+    # Its optimizer has no variables either.
     if not model.built:
         return "it is not built before its first step"
     # The metrics are updated before the weights, which Keras's own step does
     # not notice.
-    if type(model).train_step is not keras.Model.train_step:
+    train_step = getattr(model.train_step, "__func__", None)
+    if train_step is not keras.Model.train_step:
         return "it has a train_step of its own"
     for layer in model._flatten_layers():
         if is_synchronized(layer):

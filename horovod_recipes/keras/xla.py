@@ -16,9 +16,8 @@ def check_outside_xla(name):
     if control_flow_util.GraphOrParentsInXlaContext(graph):
         raise ValueError(
             f"{name} is inside a function with jit_compile=True, and XLA "
-            "cannot compile Horovod's operations. With model.fit, give it "
-            "hvd.callbacks.BroadcastGlobalVariablesCallback(0), which leaves "
-            "the optimizer out of XLA, or compile(..., jit_compile=False). In "
-            "a loop of your own, return the gradients from the function that "
-            "XLA compiles, and call optimizer.apply outside of it."
+            "cannot compile Horovod's operations. For model.fit: "
+            "compile(..., jit_compile=False). In a loop of your own, return "
+            "the gradients from the function that XLA compiles, and call "
+            "optimizer.apply outside of it."
         )

@@ -60,15 +60,17 @@ def examples():
     return x, np.argmax(x[:, :3], axis=1)
 
 
-def fit(model):
+def fit(model, callbacks=None):
     """Trains for two epochs, whose last micro-batch is smaller."""
+    if callbacks is None:
+        callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
     return model.fit(
         *examples(),
         batch_size=16,
         epochs=2,
         shuffle=False,
         verbose=0,
-        callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)],
+        callbacks=callbacks,
     ).history
 
 
@@ -160,6 +162,83 @@ def test_dropout_and_sparse_gradients():
     assert first[0][0] != second[0][0]
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """Has Keras believe that there is a GPU, by which "auto" turns XLA on."""
+    device = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(
+        tf.config, "list_physical_devices", lambda device_type=None: [device]
+    )
+
+
+def create_without_callback(jit_compile="auto"):
+    """Returns a model with the weights of rank 0."""
+    model = create_model(jit_compile)
+    hvd.broadcast_variables(model.weights, 0)
+    return model
+
+
+def test_default_on_a_gpu_machine_without_the_callback(gpu):
+    model = create_without_callback()
+    assert model.jit_compile
+    fit(model, [])
+
+    plain = create_without_callback(jit_compile=False)
+    start = plain.get_weights()[0]
+    fit(plain, [])
+    for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert np.abs(model.get_weights()[0] - start).max() > 1e-2
+    assert_trained_alike(model)
+
+    before = model.get_weights()[0]
+    model.train_on_batch(*examples())
+    assert np.abs(model.get_weights()[0] - before).max() > 1e-3
+    assert_trained_alike(model)
+
+
+def test_default_on_a_gpu_machine_for_a_loaded_model(gpu, shared_folder):
+    saved = create_model("auto", layers=[keras.layers.Dense(4)])
+    saved.optimizer.build(saved.trainable_variables)
+    if hvd.rank() == 0:
+        saved.save(shared_folder / "model.keras")
+    hvd.broadcast_object(None, root_rank=0)  # Saved by now.
+    model = hvd.load_model(shared_folder / "model.keras")
+    start = model.get_weights()[0]
+    assert model.jit_compile
+    fit(model, [])
+    assert model.jit_compile
+    assert np.abs(model.get_weights()[0] - start).max() > 1e-2
+    assert_trained_alike(model)
+
+
+def test_default_on_a_gpu_machine_in_an_elastic_job(gpu):
+    model = create_model("auto")
+    state = hvd.elastic.KerasState(model)
+    state.sync()
+    start = model.get_weights()[0]
+    fit(model, [])
+    state.commit()
+    # As `run` does when the ranks change.
+    state.on_reset()
+    state.sync()
+    fit(model, [])
+    assert model.jit_compile
+    assert int(model.optimizer.iterations) == 16
+    assert np.abs(model.get_weights()[0] - start).max() > 1e-2
+    assert_trained_alike(model)
+
+
+def test_models_of_others_are_left_to_keras(gpu):
+    """Without a distributed optimizer the whole step is XLA's."""
+    model = create_model("auto", layers=[keras.layers.Dense(4)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.predict(np.zeros((1, 8)), verbose=0)
+    assert model.make_train_function() is None
+    assert model.jit_compile
+    assert "train_step" not in vars(model)
+
+
 class OwnStep(keras.Model):
     def train_step(self, data):
         return super().train_step(data)
@@ -184,13 +263,7 @@ def test_model_that_cannot_be_split_is_trained_without_xla():
 
 
 def test_horovod_inside_xla_is_a_clear_error_on_every_rank():
-    x, y = examples()
-    model = create_model(jit_compile=True)
     messages = []
-    with pytest.raises(ValueError, match="optimizer out of XLA") as error:
-        model.fit(x, y, verbose=0)
-    messages.append(str(error.value))
-
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     variable = keras.Variable([1.0])
 

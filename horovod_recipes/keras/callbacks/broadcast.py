@@ -4,7 +4,6 @@ import keras
 import tensorflow as tf
 
 from horovod_recipes.keras.optimizer import is_distributed
-from horovod_recipes.keras.train_step import make_train_function
 from horovod_recipes.keras.variables import average_variables
 from horovod_recipes.keras.variables import broadcast_variables
 
@@ -14,8 +13,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     The states of random generators stay each rank's own, so that dropout
     masks differ between ranks. The training step is traced anew, so that one
-    from before the optimizer was distributed is not used again; where the model
-    was compiled with `jit_compile`, XLA compiles it up to the allreduce.
+    from before the optimizer was distributed is not used again.
 
     A model that gets its weights in step 1, for want of an input shape, gets
     those of `root_rank` after it.
@@ -60,7 +58,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 "which would not average gradients over the ranks. Use "
                 "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras."
             )
-        make_train_function(self.model)
+        self.model.make_train_function(force=True)
         self._pending = not self.model.built
         if self.model.built:
             if not optimizer.built:
