@@ -47,6 +47,9 @@ TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
 MPI_TESTS = $(addprefix tests/parallel/, \
   callbacks_test.py optimizer_test.py sync_batch_norm_test.py)
 
+# Ranks learn what became of another one from the server that Gloo needs.
+GLOO_TESTS = tests/parallel/watchdog_test.py
+
 ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
