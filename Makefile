@@ -1,7 +1,7 @@
 # Two commands do it all on a fresh machine: make demo, make test.
 #
 #   make demo PYTHON=python3.12 ARGS='--config.seed=3'
-#   make demo TENSORFLOW='tensorflow[and-cuda]==2.21.0'    the GPU build
+#   make demo TENSORFLOW='tensorflow[and-cuda]==2.21.0'    TensorFlow for GPUs
 #   make demo TENSORFLOW=tensorflow-cpu==2.16.2 \
 #     CONSTRAINTS=constraints-tensorflow-2.16.txt
 
