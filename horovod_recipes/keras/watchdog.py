@@ -25,7 +25,7 @@ from horovod.common.exceptions import HorovodInternalError
 # Seconds between two signs of life of a rank, in a job of up to 64 ranks.
 PERIOD = 0.5
 # In larger ones all ranks together ask the server so often in a second.
-REQUESTS = 256
+REQUESTS = 384
 # Seconds that the server may take to answer.
 PATIENCE = 1.25
 # A rank that knows what is wrong ends so many seconds after it has told the
@@ -105,6 +105,7 @@ class Watchdog(keras.callbacks.Callback):
         _collectives = _collectives or _Collectives()
         _collectives.reset()
         self._steps = 0
+        self._asked = False
         self._stop = threading.Event()
         self._rank = hvd.rank()
         self._peers = _Peers(hvd.rank(), hvd.size())
@@ -151,6 +152,7 @@ class Watchdog(keras.callbacks.Callback):
         """
         if self._peers.server is None:
             return None
+        self._asked = True
         time.sleep(self._peers.delay)
         end = time.monotonic() + 2 * self._peers.silence
         while time.monotonic() < end:
@@ -163,10 +165,16 @@ class Watchdog(keras.callbacks.Callback):
 
     def _watch(self):
         self._stop.wait(self._peers.delay)
+        in_vain = 0
         while not self._stop.wait(self._peers.period):
             self._peers.beat(self._steps)
+            # With three ranks or more, Horovod fails at once only where ranks
+            # speak with the lost one; others wait for longer than horovodrun
+            # leaves them. The second time, so that Horovod can fail first.
+            told = self._peers.told and not self._asked and self._waits()
+            in_vain = in_vain + 1 if told else 0
             idle = time.monotonic() - self._last_progress
-            if idle > self._seconds:
+            if idle > self._seconds or in_vain == 2:
                 self._end(idle)
 
     def _end(self, idle):
@@ -297,13 +305,12 @@ class _Peers:
     """What ranks tell each other through the server of `horovodrun`.
 
     Each rank writes that it lives, and reads that the next one does; what one
-    finds is written once, for all, who read it when they look for the reason
-    of a failure.
+    finds is written once, for all.
     """
 
     def __init__(self, rank, size):
-        # Seconds between two beats, of two requests each.
-        self.period = max(PERIOD, 2 * size / REQUESTS)
+        # Seconds between two beats, of three requests each.
+        self.period = max(PERIOD, 3 * size / REQUESTS)
         # Before the first one, so that the ranks do not ask all at once.
         self.delay = self.period * rank / size
         # A rank is lost after so long without a beat: one may not get through,
@@ -318,7 +325,7 @@ class _Peers:
         self._beats = 0
         self._of_next = None
         self._next_heard = self._server_heard = time.monotonic()
-        self._told = None
+        self.told = None
 
     def beat(self, steps):
         """Says that this rank lives, and hears of the next one."""
@@ -329,6 +336,7 @@ class _Peers:
         try:
             self._request("PUT", f"rank{self._rank}", beat)
             heard = self._request("GET", f"rank{self._next}")
+            self.told = self._request("GET", "found")
         except NOT_REACHED:
             return
         self._server_heard = time.monotonic()
@@ -344,12 +352,8 @@ class _Peers:
 
     def found(self):
         """Returns what any rank has found to be wrong, or None."""
-        if self.server is None:
-            return None
-        with contextlib.suppress(*NOT_REACHED):
-            self._told = self._told or self._request("GET", "found")
-        if self._told:
-            return self._told
+        if self.server is None or self.told:
+            return self.told
         now = time.monotonic()
         if now - self._server_heard > self.silence:
             return (
