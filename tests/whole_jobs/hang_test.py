@@ -47,7 +47,7 @@ def test_rank_that_is_killed(tmp_path, fault, ranks):
     assert len(lines) == len(others), lines
     for rank, line in zip(others, lines, strict=True):
         assert re.match(
-            rf"\[{rank}\]<stderr>:error: rank {rank} (stopped|waited .* training): "
+            rf"\[{rank}\]<stderr>:error: rank {rank} (stopped|waited .*): "
             r"rank 1 on localhost is lost: nothing has been heard of it for "
             r"\d s, after step \d of its training",
             line,
