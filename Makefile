@@ -1,7 +1,7 @@
 # Two commands do it all on a fresh machine: make demo, make test.
 #
 #   make demo PYTHON=python3.12 ARGS='--config.seed=3'
-#   make demo TENSORFLOW='tensorflow[and-cuda]==2.21.0'    the GPU build
+#   make demo TENSORFLOW='tensorflow[and-cuda]==2.21.0'    TensorFlow for GPUs
 #   make demo TENSORFLOW=tensorflow-cpu==2.16.2 \
 #     CONSTRAINTS=constraints-tensorflow-2.16.txt
 
@@ -43,9 +43,8 @@ TWO_MPI_RANKS = OMPI_MCA_mpi_yield_when_idle=1 timeout --kill-after=10 1800 \
 PARALLEL_PYTEST = -m pytest -o faulthandler_exit_on_timeout=true
 TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
 
-# The tests of communication run under MPI in `make test`; mpi-tests has the rest.
-MPI_TESTS = $(addprefix tests/parallel/, \
-  callbacks_test.py optimizer_test.py sync_batch_norm_test.py)
+# Ranks learn what became of another one from the server that Gloo needs.
+GLOO_TESTS = tests/parallel/watchdog_test.py
 
 ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
@@ -80,16 +79,11 @@ torch-tests: .venv/done
 
 parallel-tests: .venv/done $(DATA)
 	$(TWO_RANKS) $(PARALLEL_PYTEST) tests/parallel
-ifdef MPICXX
-	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) $(MPI_TESTS)
-else
-	@echo "$(NO_MPI)"
-endif
 
-# What parallel-tests leaves out of tests/parallel under MPI, and whole jobs.
+# The same and whole jobs, under MPI.
 mpi-tests: .venv/done $(DATA)
 ifdef MPICXX
-	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel $(addprefix --ignore=,$(MPI_TESTS))
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel
 	timeout --kill-after=10 1200 $(BIN)/python -m pytest tests/mpi_jobs
 else
 	@echo "$(NO_MPI)"

@@ -153,7 +153,9 @@ def main():
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     hvd.init()
-    result = measure(resnet50_shapes(), _ROUNDS.value)
+    # As in a job, whose collectives it takes note of.
+    with hvd.callbacks.Watchdog(3600):
+        result = measure(resnet50_shapes(), _ROUNDS.value)
     if hvd.rank() > 0:
         return
     print_result(result)

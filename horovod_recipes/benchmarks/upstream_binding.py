@@ -37,7 +37,7 @@ def tried(trial, binding, seconds):
     """Runs a trial on two ranks; returns whether it held, and in words."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["timeout", "--kill-after=10", str(seconds)]
-        command += [HOROVODRUN, "-np", "2", sys.executable]
+        command += [HOROVODRUN, "--gloo", "-np", "2", sys.executable]
         command += ["-m", "horovod_recipes.benchmarks.binding_trials"]
         job = subprocess.run(
             [*command, trial, binding, folder], capture_output=True, text=True

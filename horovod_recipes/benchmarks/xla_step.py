@@ -73,12 +73,14 @@ def main():
     tf.config.threading.set_inter_op_parallelism_threads(_THREADS.value)
     hvd.init()
     size = _IMAGE_SIZE.value
-    results = measure(
-        lambda: MODELS["resnet50"]((size, size, 3), 1000, version="v1"),
-        _MICRO_BATCH.value,
-        _ACCUMULATION.value,
-        _ROUNDS.value,
-    )
+    # As in a job, whose collectives it takes note of.
+    with hvd.callbacks.Watchdog(3600):
+        results = measure(
+            lambda: MODELS["resnet50"]((size, size, 3), 1000, version="v1"),
+            _MICRO_BATCH.value,
+            _ACCUMULATION.value,
+            _ROUNDS.value,
+        )
     rows = [
         [
             "XLA" if line["xla"] else "without",
