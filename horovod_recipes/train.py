@@ -41,6 +41,8 @@ from horovod_recipes.job import check_config
 from horovod_recipes.job import check_source
 from horovod_recipes.job import is_sgd
 from horovod_recipes.job import job_size
+from horovod_recipes.keras.watchdog import SECONDS_TO_SAY_WHY
+from horovod_recipes.keras.watchdog import is_lost_rank
 from horovod_recipes.mlperf_log import MLPerfLog
 from horovod_recipes.models import MODELS
 from horovod_recipes.sources import load_source
@@ -48,8 +50,6 @@ from horovod_recipes.training_callbacks import StoppedBySigterm
 from keras_lars import LARS
 from keras_lars.callbacks import TrustRatioLogger
 from keras_lars.schedules import WarmupPolynomialDecay
-
-SECONDS_TO_SAY_WHY = 5
 
 
 def train_and_evaluate(config, config_name, workdir, mode="new"):
@@ -382,7 +382,7 @@ def stop_reason(error):
             f"rank {hvd.rank()} met a corrupt image: {corrupt[1]}; replace it, "
             "or train without it: --config.dataset.corrupt_images=skip"
         )
-    if "Horovod has been shut down" in str(error):
+    if is_lost_rank(error):
         return another_rank_stopped()
     return JobError(
         f"rank {hvd.rank()} failed: {type(error).__name__}: {root_cause(error)}"

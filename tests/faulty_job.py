@@ -2,8 +2,8 @@
 
 python -m tests.faulty_job FAULT FILE --config=demo ...
 
-FAULT is kill, hang_in_callback or hang_in_pipeline; FILE is there when it has
-happened. The other arguments are those of `horovod_recipes.train`.
+FAULT is kill, kill_in_allreduce, hang_in_callback or hang_in_pipeline; FILE is
+there when it happens. The other arguments are those of `horovod_recipes.train`.
 """
 
 import os
@@ -11,18 +11,44 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 
+import keras
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 from horovod_recipes import train
 from horovod_recipes import training_callbacks
+from horovod_recipes.keras import watchdog
 
 STEP = 5
 
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_allreduce():
+    """Ends this process soon, while it sends gradients to rank 0."""
+
+    def watch_and_kill():
+        collectives = watchdog._collectives
+        while collectives.entered.numpy() == collectives.left.numpy():
+            pass
+        time.sleep(0.01)
+        kill()
+
+    threading.Thread(target=watch_and_kill, daemon=True).start()
+    # Rank 0 is waiting for them by then.
+    time.sleep(1)
+
+
+def large_network(image_shape, num_classes, filters):
+    """Returns a network of 8 million weights, which take a while to send."""
+    inputs = keras.Input(image_shape, dtype="uint8")
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
+    x = keras.layers.Dense(5000 * filters)(x)
+    return keras.Model(inputs, keras.layers.Dense(num_classes)(x))
 
 
 def hang():
@@ -68,12 +94,20 @@ def in_pipeline(fault):
 
 def main():
     name, happened, *arguments = sys.argv[1:]
+    faults = {
+        "kill": kill,
+        "kill_in_allreduce": kill_in_allreduce,
+        "hang_in_callback": hang,
+        "hang_in_pipeline": hang,
+    }
 
     def fault():
         if hvd.rank() == 1:
             pathlib.Path(happened).touch()
-            kill() if name == "kill" else hang()
+            faults[name]()
 
+    if name == "kill_in_allreduce":
+        train.MODELS["small_cnn"] = large_network
     in_pipeline(fault) if name == "hang_in_pipeline" else in_callback(fault)
     return train.main([sys.argv[0], *arguments])
 

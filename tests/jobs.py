@@ -9,7 +9,11 @@ import time
 import psutil
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN = (sys.executable, "-m", "horovod_recipes.train")
+# A job that hangs ends before its time limit does, and leaves its stacks.
+TRAIN = (
+    *(sys.executable, "-m", "horovod_recipes.train"),
+    "--config.hang_seconds=200",
+)
 HOROVODRUN = (
     str(pathlib.Path(sys.executable).with_name("horovodrun")),
     "--gloo",
@@ -60,7 +64,7 @@ def _is_rank(process, rank):
         return (
             process.name().startswith("python")
             and str(rank) in [environment.get(name) for name in RANK_VARIABLES]
-            and process.cmdline()[1:3] == list(TRAIN[1:])
+            and process.cmdline()[1:3] == list(TRAIN[1:3])
         )
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False

@@ -9,7 +9,6 @@ What `horovodrun` does when a rank dies is in docs/elastic.md.
 
 import copy
 import functools
-import re
 
 import keras
 import numpy as np
@@ -29,6 +28,7 @@ from horovod.tensorflow import size
 from horovod_recipes.keras.optimizer import discard_accumulated
 from horovod_recipes.keras.optimizer import is_within_update
 from horovod_recipes.keras.variables import broadcast_variables
+from horovod_recipes.keras.watchdog import is_lost_rank
 
 __all__ = [
     "CommitStateCallback",
@@ -38,14 +38,6 @@ __all__ = [
     "UpdateEpochStateCallback",
     "run",
 ]
-
-# In the message of an UnknownError that comes from one of Horovod's operations,
-# grouped or not, eager or in a graph, where their names are written like this.
-_FROM_HOROVOD = re.compile(
-    r"Horovod has been shut down|horovod_?(grouped_?)?"
-    r"(allreduce|allgather|broadcast|reducescatter|alltoall|join)",
-    re.IGNORECASE,
-)
 
 
 def run(func):
@@ -93,16 +85,6 @@ def run(func):
             notification_manager.remove_listener(state)
 
     return wrapper
-
-
-def is_lost_rank(error):
-    """Whether an error is that of a collective which a rank did not finish."""
-    if isinstance(error, HorovodInternalError):
-        return True
-    return (
-        isinstance(error, tf.errors.UnknownError)
-        and _FROM_HOROVOD.search(error.message) is not None
-    )
 
 
 class KerasState(ObjectState):

@@ -11,6 +11,7 @@ import http.client
 import itertools
 import os
 import pathlib
+import re
 import socket
 import sys
 import threading
@@ -19,17 +20,38 @@ import time
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
 
-# Seconds between two signs of life, and until a rank without any is lost.
+# Seconds between two signs of life of a rank, in a job of up to 64 ranks.
 PERIOD = 0.5
-SILENCE = 2.5
-# horovodrun kills the other ranks 5 seconds after the first one exits.
+# In larger ones all ranks together ask the server so often in a second.
+REQUESTS = 384
+# Seconds that the server may take to answer.
+PATIENCE = 1.25
+# A rank that knows what is wrong ends so many seconds after it has told the
+# others, who ask within a period. Then horovodrun leaves them 5 seconds more.
 SECONDS_TO_SAY_WHY = 5
+
+
+def _folder(module):
+    return f"{pathlib.Path(module.__file__).parent}{os.sep}"
+
+
 # Whose code a hang is not explained by.
-LIBRARIES = tuple(
-    str(pathlib.Path(module.__file__).parent) for module in (tf, keras, os)
+TENSORFLOW = _folder(tf)
+LIBRARIES = (TENSORFLOW, _folder(keras))
+STANDARD_LIBRARY = _folder(os)
+# Where installed packages are, within the standard library's folder too.
+INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
+HOROVOD = _folder(hvd)
+
+# In the message of an UnknownError that comes from one of Horovod's operations,
+# grouped or not, eager or in a graph, where their names are written like this.
+_FROM_HOROVOD = re.compile(
+    r"Horovod has been shut down|horovod_?(grouped_?)?"
+    r"(allreduce|allgather|broadcast|reducescatter|alltoall|join)",
+    re.IGNORECASE,
 )
-HOROVOD = str(pathlib.Path(hvd.__file__).parent)
 
 NOT_REACHED = (OSError, http.client.HTTPException)
 HOST = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
@@ -77,13 +99,14 @@ class Watchdog(keras.callbacks.Callback):
                 f"Received: seconds={seconds!r}"
             )
         self._seconds = seconds
-        self._steps = 0
-        self._last_progress = time.monotonic()
-        self._stop = threading.Event()
 
     def __enter__(self):
         global _running, _collectives
         _collectives = _collectives or _Collectives()
+        _collectives.reset()
+        self._steps = 0
+        self._asked = False
+        self._stop = threading.Event()
         self._rank = hvd.rank()
         self._peers = _Peers(hvd.rank(), hvd.size())
         self._main = threading.get_ident()
@@ -100,7 +123,9 @@ class Watchdog(keras.callbacks.Callback):
         _running = None
         self._stop.set()
         self._thread.join()
-        if error is not None and not self._peers.found():
+        if error is None or _is_of_lost_rank(error):
+            return
+        if not self._peers.found():
             self._peers.tell(f"rank {self._rank} on {HOST} failed: {error}")
 
     def progress(self):
@@ -121,22 +146,35 @@ class Watchdog(keras.callbacks.Callback):
     def lost_rank(self):
         """Returns which rank is lost, in words, or None where none is found.
 
-        For the moment when a collective has failed. Takes up to 5 seconds.
+        For the moment when a collective has failed. Takes up to 5 seconds, in
+        jobs of more than 64 ranks longer; under MPI, where none can be found,
+        no time.
         """
-        end = time.monotonic() + 2 * SILENCE
+        if self._peers.server is None:
+            return None
+        self._asked = True
+        time.sleep(self._peers.delay)
+        end = time.monotonic() + 2 * self._peers.silence
         while time.monotonic() < end:
             # The thread that does so may be the one that asks.
             self._peers.beat(self._steps)
             if found := self._peers.found():
                 return found
-            time.sleep(PERIOD / 2)
+            time.sleep(self._peers.period)
         return None
 
     def _watch(self):
+        self._stop.wait(self._peers.delay)
+        in_vain = 0
         while not self._stop.wait(self._peers.period):
             self._peers.beat(self._steps)
+            # With three ranks or more, Horovod fails at once only where ranks
+            # speak with the lost one; others wait for longer than horovodrun
+            # leaves them. The second time, so that Horovod can fail first.
+            told = self._peers.told and not self._asked and self._waits()
+            in_vain = in_vain + 1 if told else 0
             idle = time.monotonic() - self._last_progress
-            if idle > self._seconds:
+            if idle > self._seconds or in_vain == 2:
                 self._end(idle)
 
     def _end(self, idle):
@@ -166,15 +204,21 @@ class Watchdog(keras.callbacks.Callback):
     def _waits(self):
         """Whether the main thread waits for other ranks, in a collective."""
         in_graph = _collectives.entered > _collectives.left
-        return in_graph or any(_is_in(HOROVOD, f) for f in self._frames())
+        return in_graph or any(
+            frame.f_code.co_filename.startswith(HOROVOD)
+            for frame in self._frames()
+        )
 
     def _place(self):
         """Returns where the main thread is, in code that is not a library's."""
         frames = self._frames()
-        own = next((f for f in frames if not _is_in(LIBRARIES, f)), frames[0])
+        own = next(
+            (f for f in frames if not _is_library(f.f_code.co_filename)),
+            frames[0],
+        )
         code = own.f_code
         place = f"{code.co_name}, {code.co_filename}:{own.f_lineno}"
-        if _is_in(LIBRARIES[:1], frames[0]):
+        if frames[0].f_code.co_filename.startswith(TENSORFLOW):
             place += (
                 ", inside TensorFlow: the input pipeline or the step itself"
             )
@@ -188,13 +232,33 @@ class Watchdog(keras.callbacks.Callback):
         return frames
 
 
-def _is_in(folders, frame):
-    return frame.f_code.co_filename.startswith(folders)
+def _is_library(path):
+    in_standard_library = path.startswith(STANDARD_LIBRARY)
+    return path.startswith(LIBRARIES) or (
+        in_standard_library and not INSTALLED.search(path)
+    )
 
 
 def lost_rank():
     """Returns which rank is lost, in words; None without a `Watchdog`, too."""
     return _running.lost_rank() if _running else None
+
+
+def is_lost_rank(error):
+    """Whether an error is that of a collective which a rank did not finish."""
+    if isinstance(error, HorovodInternalError):
+        return True
+    return (
+        isinstance(error, tf.errors.UnknownError)
+        and _FROM_HOROVOD.search(error.message) is not None
+    )
+
+
+def _is_of_lost_rank(error):
+    """Whether an error is such a one, or was raised from such a one."""
+    while error is not None and not is_lost_rank(error):
+        error = error.__cause__
+    return error is not None
 
 
 def noted(collective):
@@ -215,8 +279,10 @@ def noted(collective):
             tensors = [t if t is None else tf.identity(t) for t in tensors]
         results = collective(tensors)
         with tf.control_dependencies([r for r in results if r is not None]):
-            _collectives.left.assign_add(1)
-        return results
+            left = _collectives.left.assign_add(1)
+        # A graph of gradients holds only what its results depend on.
+        with tf.control_dependencies([left]):
+            return [r if r is None else tf.identity(r) for r in results]
 
     return noting
 
@@ -229,39 +295,48 @@ class _Collectives:
             self.entered = tf.Variable(0, dtype=tf.int64, trainable=False)
             self.left = tf.Variable(0, dtype=tf.int64, trainable=False)
 
+    def reset(self):
+        """Forgets the collectives that have failed, and were never left."""
+        self.entered.assign(0)
+        self.left.assign(0)
+
 
 class _Peers:
     """What ranks tell each other through the server of `horovodrun`.
 
-    Each rank writes that it lives, and watches the next one; what one finds is
-    written once, for all. So the server has three requests a rank and period,
-    which is longer in a large job.
+    Each rank writes that it lives, and reads that the next one does; what one
+    finds is written once, for all.
     """
 
     def __init__(self, rank, size):
-        self.period = max(PERIOD, size / 64)
-        self._silence = SILENCE / PERIOD * self.period
+        # Seconds between two beats, of three requests each.
+        self.period = max(PERIOD, 3 * size / REQUESTS)
+        # Before the first one, so that the ranks do not ask all at once.
+        self.delay = self.period * rank / size
+        # A rank is lost after so long without a beat: one may not get through,
+        # and the next one may be late.
+        self.silence = 2 * self.period + 1.5
+        self.server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
         # What was written in an earlier block is no longer true.
         self._scope = f"watchdog{next(_blocks)}"
         self._rank = rank
         self._next = (rank + 1) % size
-        self._server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
         self._port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
         self._beats = 0
         self._of_next = None
         self._next_heard = self._server_heard = time.monotonic()
-        self._told = None
+        self.told = None
 
     def beat(self, steps):
         """Says that this rank lives, and hears of the next one."""
-        if self._server is None:
+        if self.server is None:
             return
         self._beats += 1
         beat = f"{self._beats} {HOST} {steps}"
         try:
             self._request("PUT", f"rank{self._rank}", beat)
             heard = self._request("GET", f"rank{self._next}")
-            self._told = self._request("GET", "found")
+            self.told = self._request("GET", "found")
         except NOT_REACHED:
             return
         self._server_heard = time.monotonic()
@@ -270,23 +345,23 @@ class _Peers:
 
     def tell(self, found):
         """Writes what is wrong, for all ranks to read."""
-        if self._server is None:
+        if self.server is None:
             return
         with contextlib.suppress(*NOT_REACHED):
             self._request("PUT", "found", found)
 
     def found(self):
         """Returns what any rank has found to be wrong, or None."""
-        if self._server is None or self._told:
-            return self._told
+        if self.server is None or self.told:
+            return self.told
         now = time.monotonic()
-        if now - self._server_heard > self._silence:
+        if now - self._server_heard > self.silence:
             return (
                 f"rank {self._rank} on {HOST} is cut off: it "
-                f"has not reached horovodrun at {self._server} for "
+                f"has not reached horovodrun at {self.server} for "
                 f"{now - self._server_heard:.0f} s"
             )
-        if self._of_next and now - self._next_heard > self._silence:
+        if self._of_next and now - self._next_heard > self.silence:
             _, host, steps = self._of_next.split()
             found = (
                 f"rank {self._next} on {host} is lost: nothing has been heard "
@@ -300,7 +375,7 @@ class _Peers:
 
     def _request(self, method, key, text=None):
         connection = http.client.HTTPConnection(
-            self._server, int(self._port), timeout=SILENCE / 2
+            self.server, int(self._port), timeout=PATIENCE
         )
         with contextlib.closing(connection):
             body = None if text is None else text.encode()

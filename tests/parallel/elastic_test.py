@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.keras.elastic import is_lost_rank
+from horovod_recipes.keras.watchdog import is_lost_rank
 from keras_lars import LARS
 
 EXAMPLES = 20

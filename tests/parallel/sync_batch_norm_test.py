@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.keras import watchdog
 from horovod_recipes.models import MODELS
 
 ARGUMENTS = {"momentum": 0.75, "epsilon": 0.01}
@@ -68,6 +69,15 @@ def test_equals_one_rank_with_all_examples(sizes, wrap):
     for key in ("moving_mean", "moving_variance"):
         np.testing.assert_array_equal(results[0][key], results[1][key])
         np.testing.assert_allclose(result[key], expected[key], rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [tf.function, lambda f: f], ids=["graph", ""])
+def test_watchdog_sees_both_allreduces(wrap):
+    layer = hvd.SyncBatchNormalization()
+    with hvd.callbacks.Watchdog():
+        training_step(layer, inputs_of_ranks((2, 2))[hvd.rank()], wrap(layer))
+        assert watchdog._collectives.entered.numpy() == 2
+        assert watchdog._collectives.left.numpy() == 2
 
 
 def test_differs_from_batch_norm_of_one_rank():

@@ -17,31 +17,41 @@ JOB = (
     "--config=demo",
     "--config.model.filters=2",
     "--config.epochs=100",
+    "--config.global_batch_size=96",
     f"--config.hang_seconds={HANG_SECONDS}",
 )
 # Seconds to find out, to say so, and to be killed; twice, on a busy machine.
 SECONDS_TO_END = 30
 
 
-def run_faulty(fault, folder):
+def run_faulty(fault, folder, ranks=2):
     """Returns the result, and the seconds from the fault to the end."""
     happened = folder / "happened"
     result = run(
-        *(*HOROVODRUN, sys.executable, "-m", "tests.faulty_job", fault),
+        *(HOROVODRUN[0], "--gloo", "-np", str(ranks)),
+        *(sys.executable, "-m", "tests.faulty_job", fault),
         *(str(happened), *JOB, f"--workdir={folder}/run"),
     )
     assert result.returncode == 1, result.stderr
     return result, time.time() - happened.stat().st_mtime
 
 
-def test_rank_that_is_killed(tmp_path):
-    result, seconds = run_faulty("kill", tmp_path)
-    (line,) = error_lines(result)
-    assert re.match(
-        r"\[0\]<stderr>:error: rank 0 stopped: rank 1 on localhost is lost: "
-        r"nothing has been heard of it for \d s, after step \d of its training",
-        line,
-    ), line
+@pytest.mark.parametrize(
+    ("fault", "ranks"), [("kill", 3), ("kill_in_allreduce", 2)]
+)
+def test_rank_that_is_killed(tmp_path, fault, ranks):
+    """Of three ranks, one watches it, and tells the other."""
+    result, seconds = run_faulty(fault, tmp_path, ranks)
+    others = [rank for rank in range(ranks) if rank != 1]
+    lines = sorted(error_lines(result))
+    assert len(lines) == len(others), lines
+    for rank, line in zip(others, lines, strict=True):
+        assert re.match(
+            rf"\[{rank}\]<stderr>:error: rank {rank} (stopped|waited .*): "
+            r"rank 1 on localhost is lost: nothing has been heard of it for "
+            r"\d s, after step \d of its training",
+            line,
+        ), line
     assert seconds < SECONDS_TO_END
 
 

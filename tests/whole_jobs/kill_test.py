@@ -51,7 +51,8 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
         "sys.exit(train.main(['train', *sys.argv[1:]]))"
     )
     workdir = f"--workdir={killed}"
-    result = run(*HOROVODRUN, sys.executable, "-c", script, *LONGER, workdir)
+    arguments = (*TRAIN[3:], *LONGER, workdir)
+    result = run(*HOROVODRUN, sys.executable, "-c", script, *arguments)
     assert result.returncode != 0
     folder = killed / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [
