@@ -376,14 +376,18 @@ def test_xla_trains_the_same_network(shared_folder):
     weights = {}
     for xla in (False, True):
         changes = {"epochs": 1, "schedule.warmup_epochs": 0}
+        # At the demo's rate, 20, three steps enlarge rounding too much.
+        changes["schedule.peak_learning_rate"] = 1.0
         changes["max_micro_batch_size"] = 256
         job(shared_folder / str(xla), xla=xla, **changes)
         model = keras.saving.load_model(
             shared_folder / str(xla) / "checkpoints" / "step-00000003.keras"
         )
         weights[xla] = model.get_weights()
+    # XLA on a CPU adds the 200,000 numbers of a batch norm one by one, in
+    # float32. Weights move by 1e-2; xla_test.py compares small sums closely.
     for a, b in zip(weights[False], weights[True], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4)
 
 
 def test_resuming_a_finished_run_trains_no_more(shared_folder):
