@@ -43,9 +43,6 @@ TWO_MPI_RANKS = OMPI_MCA_mpi_yield_when_idle=1 timeout --kill-after=10 1800 \
 PARALLEL_PYTEST = -m pytest -o faulthandler_exit_on_timeout=true
 TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
 
-# Ranks learn what became of another one from the server that Gloo needs.
-GLOO_TESTS = tests/parallel/watchdog_test.py
-
 ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
