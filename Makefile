@@ -77,10 +77,11 @@ torch-tests: .venv/done
 parallel-tests: .venv/done $(DATA)
 	$(TWO_RANKS) $(PARALLEL_PYTEST) tests/parallel
 
-# The same and whole jobs, under MPI.
+# The same under MPI; jobs are those of mpi_jobs, in place of train_test.py.
 mpi-tests: .venv/done $(DATA)
 ifdef MPICXX
-	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel \
+	  --ignore=tests/parallel/train_test.py
 	timeout --kill-after=10 1200 $(BIN)/python -m pytest tests/mpi_jobs
 else
 	@echo "$(NO_MPI)"
