@@ -4,10 +4,12 @@
 
 trains ResNet-50 on images of 64 x 64 pixels by what a job does, with
 accumulation 8 and without, on ranks that have a core of their own and one
-thread each. In each round all ranks make an update together, and then rank 0
-one alone, of as many images a rank, while the others wait: so the global batch
-grows with the ranks. The speed-up is the images a second of all over those of
-the one, a round each.
+thread each. In each round all ranks make an update together; then all make one
+at the same time, each for itself, without communication; and then rank 0 makes
+one alone, while the others wait. Each is of as many images a rank, so the
+global batch grows with the ranks. The speed-up is the images a second of all
+over those of the one, a round each; that of ranks apart is what the machine
+allows, whose cores share caches, memory and their host.
 
 Three more updates of each kind are recorded by Horovod's timeline, with which a
 picture shows where the time goes: computing, waiting for the slowest rank, the
@@ -118,13 +120,18 @@ def named_allreduce(name, process_set=hvd.global_process_set):
 
 def speeds(updates, images, barrier, rounds):
     """Returns `{kind: images a second, a round each}`, on every rank."""
-    found = {"all": [], "alone": []}
+    ways = {
+        "all": (updates["all"], hvd.size()),
+        "apart": (updates["alone"], hvd.size()),
+        "alone": (updates["alone"], 1),
+    }
+    found = {kind: [] for kind in ways}
     for _ in range(rounds):
-        for kind, ranks in (("all", hvd.size()), ("alone", 1)):
+        for kind, (update, ranks) in ways.items():
             barrier()
             begin = time.perf_counter()
             if hvd.rank() < ranks:
-                updates[kind]()
+                update()
             # The slowest rank's time counts.
             barrier()
             seconds = time.perf_counter() - begin
@@ -136,7 +143,7 @@ def recorded_parts(update, process_set, barrier):
     """Returns rank 0's seconds of each part of an update, by the timeline."""
     begins = named_allreduce("mark_begins", process_set)
     ends = named_allreduce("mark_ends", process_set)
-    takes_part = hvd.rank() in process_set.ranks
+    takes_part = 0 in process_set.ranks
     if takes_part:
         begins()
         ends()
@@ -228,7 +235,7 @@ def measure(network, micro_batch, accumulation, xla, rounds, alone):
         accumulation: Integer, micro-batches an update.
         xla: Whether to compile forward and backward pass.
         rounds: Integer.
-        alone: The `ProcessSet` of rank 0.
+        alone: The `ProcessSet` of this rank.
     """
     sets = {"all": hvd.global_process_set, "alone": alone}
     updates = {
@@ -252,14 +259,27 @@ def measure(network, micro_batch, accumulation, xla, rounds, alone):
         "images_per_second": {
             kind: report.spread(values, 2) for kind, values in found.items()
         },
-        "speed_up": report.spread(
-            [a / b for a, b in zip(found["all"], found["alone"], strict=True)]
+        "speed_up": {
+            kind: report.spread(
+                [
+                    a / b
+                    for a, b in zip(found[kind], found["alone"], strict=True)
+                ]
+            )
+            for kind in ("all", "apart")
+        },
+        "all_over_apart": report.spread(
+            [a / b for a, b in zip(found["all"], found["apart"], strict=True)]
         ),
         "seconds_of_an_update": {
             kind: {name: round(value, 4) for name, value in part.items()}
             for kind, part in parts.items()
         },
     }
+
+
+def ratio(speeds, others):
+    return report.spread([a / b for a, b in zip(speeds, others, strict=True)])
 
 
 def print_results(results):
@@ -270,11 +290,20 @@ def print_results(results):
             for median, low, high in (
                 line["images_per_second"]["alone"],
                 line["images_per_second"]["all"],
-                line["speed_up"],
+                line["speed_up"]["all"],
+                line["speed_up"]["apart"],
+                line["all_over_apart"],
             )
         ]
         rows.append([line["accumulation"], *cells])
-    header = ["accumulation", "images/s alone", "all", "speed-up"]
+    header = [
+        "accumulation",
+        "images/s alone",
+        "all",
+        "speed-up",
+        "of ranks apart",
+        "all / apart",
+    ]
     print(report.table(header, rows))
     rows = [
         [line["accumulation"], kind, *parts.values()]
@@ -307,7 +336,7 @@ def draw(results, ranks, path):
         axes.set_xlabel("seconds of rank 0, by Horovod's timeline")
         axes.set_title(
             f"accumulation {line['accumulation']}: speed-up "
-            f"{line['speed_up'][0]}"
+            f"{line['speed_up']['all'][0]}"
         )
     bars = figure.axes[0].get_legend_handles_labels()
     figure.legend(*bars, loc="outside lower center", ncols=len(PARTS))
@@ -322,8 +351,9 @@ def main():
     tf.config.threading.set_inter_op_parallelism_threads(1)
     # So that the timeline can be started later.
     os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
-    alone = hvd.ProcessSet([0])
-    hvd.init(process_sets=[alone])
+    hvd.init(process_sets="dynamic")
+    # All ranks must add all sets.
+    alone = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
     machine = report.machine()
     pin_to_core()
     size = _IMAGE_SIZE.value
@@ -336,7 +366,7 @@ def main():
                 accumulation,
                 _XLA.value,
                 _ROUNDS.value,
-                alone,
+                alone[hvd.rank()],
             )
             for accumulation in _ACCUMULATION.value
         ]
