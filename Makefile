@@ -47,7 +47,8 @@ ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
 .PHONY: demo test lint unit-tests parallel-tests mpi-tests job-tests \
-  test-cluster slurm-tests torch-tests gpu-build-test demo-seeds clean always
+  test-cluster slurm-tests torch-tests gpu-build-test demo-seeds bench clean \
+  always
 
 demo: .venv/done $(DATA)
 	$(TWO_RANKS) $(TRAIN_DEMO) --workdir=$(WORKDIR) $(ARGS)
@@ -77,11 +78,10 @@ torch-tests: .venv/done
 parallel-tests: .venv/done $(DATA)
 	$(TWO_RANKS) $(PARALLEL_PYTEST) tests/parallel
 
-# The same under MPI; jobs are those of mpi_jobs, in place of train_test.py.
+# The same under MPI, and whole jobs.
 mpi-tests: .venv/done $(DATA)
 ifdef MPICXX
-	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel \
-	  --ignore=tests/parallel/train_test.py
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel
 	timeout --kill-after=10 1200 $(BIN)/python -m pytest tests/mpi_jobs
 else
 	@echo "$(NO_MPI)"
@@ -126,6 +126,14 @@ demo-seeds: .venv/done $(DATA)
 	  top1 = [json.loads(line)["top1"] for line in lines]; \
 	  print("mean top-1:", sum(top1) / 5, "lowest:", min(top1)); \
 	  assert sum(top1) / 5 >= 97 and min(top1) >= 96.5'
+
+# What is measured of speed, into docs/results/report.md: half an hour on 2 cores
+# that have nothing else to do. PyTorch and timm are among the peers.
+bench: .venv/done
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
+	$(BIN)/python -m horovod_recipes.photos
+	$(BIN)/python -m horovod_recipes.benchmarks.bench
 
 # With other settings the environment is made anew: two builds of TensorFlow
 # in one environment overwrite each other.

@@ -12,9 +12,6 @@ to put them together. The first two also in float16. Ratios are of one round
 to its bare operation in float32.
 """
 
-import json
-import pathlib
-
 import keras
 import tensorflow as tf
 from absl import flags
@@ -131,20 +128,29 @@ def backend():
     return "MPI" if hvd.mpi_enabled() else "Gloo"
 
 
-def print_result(result):
-    print(
-        f"{result['ranks']} ranks, {backend()}, {result['variables']} "
-        f"variables, {result['parameters']:,} parameters"
-    )
-    rows = [
-        [line["way"]]
-        + [
-            f"{m} ({low} to {high})"
-            for m, low, high in (line["ms"], line["ratio"])
+def markdown(results):
+    """Returns the tables of a file of results, of each library."""
+    lines = []
+    for key, result in results.items():
+        rows = [
+            [line["way"], report.cell(line["ms"]), report.cell(line["ratio"])]
+            for line in result["results"]
         ]
-        for line in result["results"]
-    ]
-    print(report.table(["", "ms", "x bare"], rows))
+        lines += [
+            f"{key}, {result['variables']} variables, "
+            f"{result['parameters']:,} parameters, medians of "
+            f"{result['rounds']} rounds with quartiles:",
+            report.table(["", "ms", "x bare"], rows),
+        ]
+    return "\n\n".join(lines)
+
+
+def draw(results, path):
+    panels = {
+        key: {line["way"]: line["ratio"] for line in result["results"]}
+        for key, result in results.items()
+    }
+    report.draw_bars(panels, f"time over that of {BARE}", path)
 
 
 def main():
@@ -158,11 +164,9 @@ def main():
         result = measure(resnet50_shapes(), _ROUNDS.value)
     if hvd.rank() > 0:
         return
-    print_result(result)
-    output = pathlib.Path(_OUTPUT.value)
-    results = json.loads(output.read_text()) if output.exists() else {}
     key = f"{backend()}, {hvd.size()} ranks"
-    report.write_json(output, results | {key: result})
+    print(markdown({key: result}))
+    report.add_json(_OUTPUT.value, key, result)
 
 
 if __name__ == "__main__":

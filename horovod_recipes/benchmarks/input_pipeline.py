@@ -213,22 +213,35 @@ def measure(rounds, images, memory_images):
     }
 
 
+def markdown(result):
+    """Returns the table of a result, and its memory."""
+    ratios = result["ratio_to_fused_decode_and_crop"]
+    rows = [
+        [name, report.cell(speed), report.cell(ratios[name])]
+        for name, speed in result["images_per_second_of_one_core"].items()
+    ]
+    header = ["", "images/s of a core", "x fused decode and crop"]
+    quarters = result["memory_mb_of_each_quarter_of_an_epoch"]
+    return (
+        f"One core, {result['photos']} photos, medians of {result['rounds']} "
+        f"rounds with quartiles:\n\n{report.table(header, rows)}\n\n"
+        f"Memory in each quarter of an epoch of {result['memory_images']} "
+        f"images, MB: {', '.join(map(str, quarters))}."
+    )
+
+
+def draw(result, path):
+    report.draw_bars(
+        {"one core": result["ratio_to_fused_decode_and_crop"]},
+        f"images/s over those of {FUSED}",
+        path,
+    )
+
+
 def main():
     report.parse_command_line(FLAGS)
     result = measure(_ROUNDS.value, _IMAGES.value, _MEMORY_IMAGES.value)
-    rows = []
-    for name, speed in result["images_per_second_of_one_core"].items():
-        ratio = result["ratio_to_fused_decode_and_crop"][name]
-        rows.append(
-            [name]
-            + [f"{m} ({low} to {high})" for m, low, high in (speed, ratio)]
-        )
-    header = ["", "images/s of a core", "x fused decode and crop"]
-    print(report.table(header, rows))
-    print(
-        "memory of each quarter of an epoch, MB: "
-        f"{result['memory_mb_of_each_quarter_of_an_epoch']}"
-    )
+    print(markdown(result))
     report.write_json(_OUTPUT.value, result)
 
 

@@ -614,9 +614,7 @@ def draw(cells, path):
         loc="outside lower center",
         ncols=3,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
+    report.save_figure(figure, path)
 
 
 def print_report(cells):

@@ -366,17 +366,39 @@ def memory(field):
     return int(re.search(rf"{field}:\s+(\d+)", status).group(1)) * 1024 / 1e6
 
 
-def rows(result):
-    for line in result["results"]:
-        ms, low, high = line["ms"]
-        ratio, ratio_low, ratio_high = line["ratio"]
-        yield (
-            line["optimizer"],
-            f"{ms:.3g} ({low:.3g} to {high:.3g})",
-            f"{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})",
-            line["first_call_s"],
-            line["peak_mb"],
+def markdown(models):
+    """Returns the table of each model of a file of results."""
+    lines = []
+    for model, result in models.items():
+        rows = [
+            [
+                line["optimizer"],
+                "{:.3g} ({:.3g} to {:.3g})".format(*line["ms"]),
+                "{:.2f} ({:.2f} to {:.2f})".format(*line["ratio"]),
+                line["first_call_s"],
+                line["peak_mb"],
+            ]
+            for line in result["results"]
+        ]
+        floors = ", ".join(
+            f"{name} {ms}" for name, ms in result["floor_ms"].items()
         )
+        header = ["optimizer", "ms", f"x {BASELINE}", "first call, s", "MB"]
+        lines += [
+            f"{model}: {result['variables']} variables, "
+            f"{result['parameters']:,} parameters; the memory's floor, ms: "
+            f"{floors}.",
+            report.table(header, rows),
+        ]
+    return "\n\n".join(lines)
+
+
+def draw(models, path):
+    panels = {
+        model: {line["optimizer"]: line["ratio"] for line in result["results"]}
+        for model, result in models.items()
+    }
+    report.draw_bars(panels, f"time over that of {BASELINE}", path)
 
 
 def main():
@@ -392,15 +414,8 @@ def main():
     )
     for model in _MODELS.value:
         measured = measure(model, _ROUNDS.value)
-        print(
-            f"\n{model}: {measured['variables']} variables, "
-            f"{measured['parameters']:,} parameters; floor, ms: "
-            f"{measured['floor_ms']}\n"
-        )
-        header = ["optimizer", "ms", f"x {BASELINE}", "first call, s", "MB"]
-        print(report.table(header, rows(measured)), flush=True)
-        models = json.loads(output.read_text()) if output.exists() else {}
-        report.write_json(output, models | {model: measured})
+        print(f"\n{markdown({model: measured})}", flush=True)
+        report.add_json(output, model, measured)
 
 
 def check_backend():

@@ -87,6 +87,60 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def cell(values):
+    """Returns the text of a median and its quartiles."""
+    median, low, high = values
+    return f"{median} ({low} to {high})"
+
+
+def draw_bars(panels, xlabel, path):
+    """Draws medians with quartiles, a panel each, as a PNG.
+
+    Args:
+        panels: Dict, title to dict of label to `(median, low, high)`.
+        xlabel: String.
+        path: String or path.
+    """
+    import matplotlib.figure
+
+    rows = [len(bars) for bars in panels.values()]
+    figure = matplotlib.figure.Figure(
+        (8, 0.6 + 0.7 * len(rows) + 0.27 * sum(rows)), layout="constrained"
+    )
+    all_axes = figure.subplots(
+        len(rows), squeeze=False, height_ratios=rows, sharex=True
+    )[:, 0]
+    for axes, (title, bars) in zip(all_axes, panels.items(), strict=True):
+        labels = list(bars)[::-1]
+        for label in labels:
+            median, low, high = bars[label]
+            axes.barh(
+                label,
+                median,
+                xerr=[[median - low], [high - median]],
+                capsize=3,
+                color="tab:blue",
+            )
+        axes.axvline(1, color="0.3", linewidth=0.8)
+        axes.set_title(title, fontsize=10)
+    all_axes[-1].set_xlabel(xlabel)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"written: {path}")
+
+
+def add_json(path, key, result):
+    """Writes `result` into a file whose other keys stay."""
+    path = pathlib.Path(path)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, content | {key: result})
+
+
 def write_json(path, result):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """How many more images a second do two ranks train on than one?
 
-    horovodrun -np 2 python -m horovod_recipes.benchmarks.scaling
+    horovodrun --gloo -np 2 python -m horovod_recipes.benchmarks.scaling
+    OMPI_MCA_mpi_yield_when_idle=1 horovodrun --mpi -np 2 \\
+        python -m horovod_recipes.benchmarks.scaling
 
 trains ResNet-50 on images of 64 x 64 pixels by what a job does, with
 accumulation 8 and without, on ranks that have a core of their own and one
@@ -30,6 +32,7 @@ from absl import flags
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.benchmarks import report
+from horovod_recipes.benchmarks.allreduce import backend
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
 
@@ -55,9 +58,6 @@ _XLA = flags.DEFINE_bool(
 )
 _OUTPUT = flags.DEFINE_string(
     "output", "docs/results/scaling.json", "JSON to write.", flag_values=FLAGS
-)
-_PICTURE = flags.DEFINE_string(
-    "picture", "docs/images/scaling.png", "PNG to write.", flag_values=FLAGS
 )
 PARTS = {
     "compute": "tab:blue",
@@ -282,50 +282,45 @@ def ratio(speeds, others):
     return report.spread([a / b for a, b in zip(speeds, others, strict=True)])
 
 
-def print_results(results):
-    rows = []
-    for line in results:
-        cells = [
-            f"{median} ({low} to {high})"
-            for median, low, high in (
+def markdown(results):
+    """Returns the tables of a file of results, of each library."""
+    rows, parts_rows = [], []
+    for key, result in results.items():
+        for line in result["results"]:
+            name = f"{key}, accumulation {line['accumulation']}"
+            values = (
                 line["images_per_second"]["alone"],
                 line["images_per_second"]["all"],
                 line["speed_up"]["all"],
                 line["speed_up"]["apart"],
                 line["all_over_apart"],
             )
-        ]
-        rows.append([line["accumulation"], *cells])
-    header = [
-        "accumulation",
-        "images/s alone",
-        "all",
-        "speed-up",
-        "of ranks apart",
-        "all / apart",
-    ]
-    print(report.table(header, rows))
-    rows = [
-        [line["accumulation"], kind, *parts.values()]
-        for line in results
-        for kind, parts in line["seconds_of_an_update"].items()
-    ]
-    print(report.table(["accumulation", "ranks, s", *PARTS], rows))
-
-
-def draw(results, ranks, path):
-    """Draws the parts of an update, as bars, into a PNG file."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = matplotlib.figure.Figure(
-        figsize=(8, 1 + 1.6 * len(results)), layout="constrained"
+            rows.append([name, *map(report.cell, values)])
+            parts_rows += [
+                [f"{name}, {kind}", *parts.values()]
+                for kind, parts in line["seconds_of_an_update"].items()
+            ]
+    header = ["", "images/s alone", "all", "speed-up", "apart", "all / apart"]
+    return (
+        f"{report.table(header, rows)}\n\nWhere the time of rank 0 goes, in "
+        "seconds of an update, by Horovod's timeline:\n\n"
+        f"{report.table(['', *PARTS], parts_rows)}"
     )
-    for axes, line in zip(
-        figure.subplots(len(results), squeeze=False)[:, 0],
-        results,
-        strict=True,
-    ):
-        kinds = {"all": f"{ranks} ranks", "alone": "rank 0 alone"}
+
+
+def draw(results, path):
+    """Draws the parts of an update, as bars, into a PNG file."""
+    lines = {
+        f"{key}, accumulation {line['accumulation']}": line
+        for key, result in results.items()
+        for line in result["results"]
+    }
+    figure = matplotlib.figure.Figure(
+        figsize=(8, 1 + 1.5 * len(lines)), layout="constrained"
+    )
+    panels = figure.subplots(len(lines), squeeze=False)[:, 0]
+    for axes, (title, line) in zip(panels, lines.items(), strict=True):
+        kinds = {"all": "all ranks", "alone": "rank 0 alone"}
         left = [0.0] * len(kinds)
         for part, color in PARTS.items():
             widths = [line["seconds_of_an_update"][k][part] for k in kinds]
@@ -333,15 +328,13 @@ def draw(results, ranks, path):
                 list(kinds.values()), widths, left=left, color=color, label=part
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_xlabel("seconds of rank 0, by Horovod's timeline")
         axes.set_title(
-            f"accumulation {line['accumulation']}: speed-up "
-            f"{line['speed_up']['all'][0]}"
+            f"{title}: speed-up {line['speed_up']['all'][0]}", fontsize=10
         )
-    bars = figure.axes[0].get_legend_handles_labels()
+    panels[-1].set_xlabel("seconds of rank 0, by Horovod's timeline")
+    bars = panels[0].get_legend_handles_labels()
     figure.legend(*bars, loc="outside lower center", ncols=len(PARTS))
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
+    report.save_figure(figure, path)
 
 
 def main():
@@ -351,9 +344,8 @@ def main():
     tf.config.threading.set_inter_op_parallelism_threads(1)
     # So that the timeline can be started later.
     os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
-    hvd.init(process_sets="dynamic")
-    # All ranks must add all sets.
-    alone = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
+    alone = [hvd.ProcessSet([rank]) for rank in range(launched_ranks())]
+    hvd.init(process_sets=alone)
     machine = report.machine()
     pin_to_core()
     size = _IMAGE_SIZE.value
@@ -372,20 +364,26 @@ def main():
         ]
     if hvd.rank() > 0:
         return
-    print_results(results)
-    draw(results, hvd.size(), _PICTURE.value)
-    report.write_json(
-        _OUTPUT.value,
-        {
-            "machine": machine,
-            "ranks": hvd.size(),
-            "image_size": size,
-            "micro_batch": _MICRO_BATCH.value,
-            "xla": _XLA.value,
-            "rounds": _ROUNDS.value,
-            "results": results,
-        },
-    )
+    key = f"{backend()}, {hvd.size()} ranks"
+    result = {
+        "machine": machine,
+        "ranks": hvd.size(),
+        "image_size": size,
+        "micro_batch": _MICRO_BATCH.value,
+        "xla": _XLA.value,
+        "rounds": _ROUNDS.value,
+        "results": results,
+    }
+    print(markdown({key: result}))
+    report.add_json(_OUTPUT.value, key, result)
+
+
+def launched_ranks():
+    """Returns the number of ranks, before Horovod starts."""
+    for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
 
 
 if __name__ == "__main__":

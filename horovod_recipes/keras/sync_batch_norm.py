@@ -81,7 +81,19 @@ def _sum_over_ranks(tensor):
 
 
 def _noted_sum(tensor):
-    allreduce = watchdog.noted(
-        lambda tensors: [hvd.allreduce(*tensors, op=hvd.Sum)]
-    )
-    return allreduce([tensor])[0]
+    # At the top of the names of operations, which below have those of layers:
+    # Keras numbers these, and another rank may have made other ones before.
+    with tf.name_scope(""):
+        allreduce = watchdog.noted(
+            lambda tensors: [
+                hvd.allreduce(*tensors, op=hvd.Sum, name=_next_name())
+            ]
+        )
+        return allreduce([tensor])[0]
+
+
+def _next_name():
+    """Returns a name that is the same on all ranks, which trace one step."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph().unique_name("sync_batch_norm")

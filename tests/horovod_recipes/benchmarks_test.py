@@ -2,11 +2,15 @@
 
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from horovod_recipes.benchmarks import allreduce
+from horovod_recipes.benchmarks import bench
 from horovod_recipes.benchmarks import optimizer_step
 from horovod_recipes.benchmarks import report
 from horovod_recipes.benchmarks import upstream_binding
@@ -20,6 +24,59 @@ def test_table_is_markdown():
     assert report.table(["a", "b"], [(1, "x")]) == (
         "| a | b |\n| --- | --- |\n| 1 | x |"
     )
+
+
+def test_bars_are_drawn(tmp_path):
+    path = tmp_path / "images" / "bars.png"
+    report.draw_bars({"a": {"x": (1.0, 0.5, 2.0)}}, "seconds", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_added(tmp_path):
+    path = tmp_path / "results" / "a.json"
+    report.add_json(path, "first", 1)
+    report.add_json(path, "second", 2)
+    report.add_json(path, "first", 3)
+    assert json.loads(path.read_text()) == {"first": 3, "second": 2}
+
+
+def test_report_is_that_of_the_results(tmp_path):
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    shutil.copytree(docs / "results", tmp_path / "results")
+    page = bench.page(tmp_path)
+    assert page == (docs / "results" / "report.md").read_text()
+    for benchmark in bench.BENCHMARKS:
+        assert (tmp_path / "images" / f"{benchmark.name}.png").exists()
+        assert (docs / "images" / f"{benchmark.name}.png").exists()
+
+
+def test_a_failed_command_ends_the_bench(capfd):
+    with pytest.raises(SystemExit, match="failed: python -c exit"):
+        bench.run("python -c exit(3)")
+
+
+def limits():
+    """Yields each figure that is required, its limit, and what was measured."""
+    docs = pathlib.Path(__file__).parents[2] / "docs" / "results"
+
+    def read(name):
+        return json.loads((docs / name).read_text())
+
+    for key, result in read("allreduce.json").items():
+        ways = {line["way"]: line["ratio"][0] for line in result["results"]}
+        yield f"allreduce, {key}", ways[allreduce.OURS] <= 1.05
+    yield "replica_check", read("replica_check.json")["cost_percent"] < 1
+    for line in read("scaling.json")["Gloo, 2 ranks"]["results"]:
+        if line["accumulation"] == 8:
+            yield "scaling", line["speed_up"]["all"][0] >= 1.8
+    ratios = read("input_pipeline.json")["ratio_to_fused_decode_and_crop"]
+    yield "input_pipeline", ratios["ours, minimal"][0] >= 0.9
+
+
+def test_measured_figures_are_within_their_limits():
+    found = dict(limits())
+    assert found == dict.fromkeys(found, True)
+    assert len(found) == 5
 
 
 def test_functions_take_turns():

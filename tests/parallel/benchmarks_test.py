@@ -1,5 +1,8 @@
 """The benchmarks of communication, in small, on two ranks."""
 
+import functools
+import time
+
 import keras
 import pytest
 import tensorflow as tf
@@ -48,6 +51,31 @@ def test_xla_step_compares_the_two():
     assert [line["xla"] for line in lines] == [False, True]
     assert lines[0]["ratio"] == [1.0, 1.0, 1.0]
     assert lines[1]["images_per_second"][0] > 0
+
+
+def test_speeds_of_ranks_together_apart_and_alone():
+    calls = {"all": 0, "alone": 0}
+
+    def update(kind):
+        calls[kind] += 1
+        # The slowest rank's time counts, where it takes part.
+        time.sleep(0.05 + 0.2 * hvd.rank())
+
+    found = scaling.speeds(
+        {kind: functools.partial(update, kind) for kind in calls},
+        images=10,
+        barrier=scaling.named_allreduce("barrier_of_test"),
+        rounds=3,
+    )
+    assert calls == {"all": 3, "alone": 3 if hvd.rank() else 6}
+    # 10 images a rank, in 0.25 s at least; rank 0 alone needs 0.05 s.
+    for kind, most in {"all": 80, "apart": 80, "alone": 200}.items():
+        assert len(found[kind]) == 3
+        assert 0 < max(found[kind]) <= most
+
+
+def test_launched_ranks_are_those_of_horovod():
+    assert scaling.launched_ranks() == hvd.size()
 
 
 def test_parts_of_an_update_from_a_timeline():

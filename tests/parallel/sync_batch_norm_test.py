@@ -50,6 +50,22 @@ def training_step(layer, x, call):
     }
 
 
+def test_ranks_may_have_made_other_layers_before():
+    """Keras numbers layers: their names then differ between the ranks."""
+    for _ in range(1 + 2 * hvd.rank()):
+        hvd.SyncBatchNormalization()
+    model = keras.Sequential([keras.Input((3,))])
+    for _ in range(2):
+        model.add(hvd.SyncBatchNormalization(momentum=0.0))
+    names = hvd.allgather_object(model.layers[0].name)
+    assert names[0] != names[1]
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    x = np.full((4, 3), 2.0 * hvd.rank(), "float32")
+    model.fit(x, x, verbose=0)
+    for batch_norm, mean in zip(model.layers, (1.0, 0.0), strict=True):
+        np.testing.assert_allclose(batch_norm.moving_mean, mean, atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [(6, 6), (5, 2)], ids=str)
 @pytest.mark.parametrize("wrap", [tf.function, lambda f: f], ids=["graph", ""])
 def test_equals_one_rank_with_all_examples(sizes, wrap):
