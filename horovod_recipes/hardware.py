@@ -8,8 +8,6 @@ the check of the allreduce model against published figures.
 import dataclasses
 import math
 
-from horovod_recipes.errors import JobError
-
 # Forward and backward pass of an image of 224 x 224: three times the forward
 # pass, since the backward pass has two products for each of its one.
 RESNET50_V1 = 3 * 7_715_946_496
@@ -174,6 +172,9 @@ def find_hardware(name, precision):
     Raises:
         JobError: If there is none.
     """
+    # It needs Horovod and TensorFlow, which the figures do without.
+    from horovod_recipes.errors import JobError
+
     if name not in HARDWARE:
         raise JobError(
             f"unknown hardware {name!r}; choose one of {', '.join(HARDWARE)}"

@@ -30,6 +30,7 @@ from horovod_recipes.hardware import find_hardware
 from horovod_recipes.job import check_config
 from horovod_recipes.job import job_size
 from horovod_recipes.models import MODELS
+from horovod_recipes.models.flops import training_flops
 from horovod_recipes.sources import TfdsSource
 from horovod_recipes.sources import find_builder
 from horovod_recipes.train import create_schedule
@@ -136,19 +137,6 @@ def image_shape(dataset):
         return dataset.image_size, dataset.image_size, 3
     builder = find_builder(dataset.name, dataset.data_dir)
     return TfdsSource(builder).image_shape(dataset.image_size)
-
-
-def training_flops(model):
-    """Returns the FLOPs of a forward and a backward pass over one image.
-
-    Those of convolutions and dense layers: two for each weight and place of
-    the output, and twice as many to go back.
-    """
-    return 3 * sum(
-        2 * math.prod(layer.kernel.shape) * math.prod(layer.output.shape[1:-1])
-        for layer in model.layers
-        if hasattr(layer, "kernel")
-    )
 
 
 def trainable_parameters(model):

@@ -1,7 +1,6 @@
 """The layers that the ImageNet networks share or that Keras has not."""
 
 import keras
-import tensorflow as tf
 from keras import layers
 
 # Of the red, green and blue of ImageNet's training images, from 0 to 255: the
@@ -70,6 +69,9 @@ class LocalResponseNormalization(layers.Layer):
     """
 
     def call(self, inputs):
+        # The other networks are for machines without TensorFlow too.
+        import tensorflow as tf
+
         # Squares of half-precision numbers overflow.
         outputs = tf.nn.local_response_normalization(
             tf.cast(inputs, tf.float32),
