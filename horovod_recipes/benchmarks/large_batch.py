@@ -312,7 +312,7 @@ def make_optimizer(run, setting):
     return optimizer, updates
 
 
-def train(run, setting):
+def train(run, setting, callbacks=()):
     """Trains one network, and returns a dict of what came out."""
     begin = time.perf_counter()
     keras.backend.clear_session()
@@ -331,7 +331,7 @@ def train(run, setting):
         # Keras would shuffle the micro-batches, by a seed of its own.
         shuffle=False,
         verbose=0,
-        callbacks=[keras.callbacks.TerminateOnNaN()],
+        callbacks=[keras.callbacks.TerminateOnNaN(), *callbacks],
     )
     accuracies = {
         f"{part}_top1": top1(model, *parts[part])
