@@ -278,10 +278,7 @@ def draw(lines, ratios, path):
         )
     # Room for the zeros.
     first.set_ylim(bottom=2)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
+    report.save_figure(figure, path)
 
 
 def main():
