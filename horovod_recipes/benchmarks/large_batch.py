@@ -60,6 +60,8 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 # Of rates that follow each other in a search.
 FACTOR = 3
+# The rate is too high then, or, where there are few updates, too low.
+WHILE_NOTHING_IS_LEARNED = (0, -2, -1, -4)
 # Top-1, in percent, up to which a network only guesses; 10 by chance.
 LEARNED = 20
 
@@ -388,7 +390,7 @@ def next_exponent(tried):
         return 0
     middle = min(k for k in tried if tried[k] is best(tried.values()))
     if score(tried[middle]) == 0:
-        return middle - 2
+        return next(k for k in WHILE_NOTHING_IS_LEARNED if k not in tried)
     up, down = middle + 1, middle - 1
     for exponent in (up, down):
         if exponent not in tried:

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -46,10 +47,12 @@ def searched(accuracy, tries):
         (lambda k: 80 - abs(k - 0.6), [0, 1, 2, 0.5], 0.5),
         (lambda k: 80 - abs(k + 0.6), [0, 1, -1, -2], -1),
         (lambda k: 80 + k, [0, 1, 2, 3], 3),
-        # Where nothing is learned the rate is too high, however it guesses.
-        (lambda k: 10 + k / 10, [0, -2, -4, -6], -6),
+        # Where nothing is learned it does not matter how the network guesses.
+        (lambda k: 10 + k / 10, [0, -2, -1, -4], -4),
         (lambda k: 0 if k > -2 else 80 + k, [0, -2, -1, -3], -2),
         (lambda k: 0 if k > -1 else 80 + k, [0, -2, -1, -1.5], -1),
+        (lambda k: 0 if k != -1 else 80, [0, -2, -1, -1.5], -1),
+        (lambda k: 0 if k > -3 else 80 + k, [0, -2, -1, -4], -4),
         (lambda k: 0 if k > 0 else 80 + k, [0, 1, -1, -0.5], 0),
     ],
 )
@@ -216,6 +219,19 @@ def test_table_and_picture(tmp_path):
     path = tmp_path / "picture.png"
     large_batch.draw(cells, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("setting", large_batch.SETTINGS)
+def test_page_has_the_tables_of_the_results(setting):
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    name = "large_batch" if setting == "full" else "large_batch_small"
+    path = docs / "results" / f"{name}.json"
+    results = large_batch.read_results(path, large_batch.SETTINGS[setting])
+    cells = large_batch.cells_of(results, large_batch.SETTINGS[setting])
+    assert cells == json.loads(path.read_text())["cells"]
+    page = (docs / "large_batch.md").read_text()
+    for network in large_batch.NETWORKS:
+        assert large_batch.table(cells, network) in page
 
 
 def test_results_of_another_setting_are_refused(tmp_path):
