@@ -51,7 +51,7 @@ def searched(accuracy, tries):
         (lambda k: 10 + k / 10, [0, -2, -1, -4], -4),
         (lambda k: 0 if k > -2 else 80 + k, [0, -2, -1, -3], -2),
         (lambda k: 0 if k > -1 else 80 + k, [0, -2, -1, -1.5], -1),
-        (lambda k: 0 if k != -1 else 80, [0, -2, -1, -1.5], -1),
+        (lambda k: 0 if k != -1 else 80, [0, -2, -1, -0.5], -1),
         (lambda k: 0 if k > -3 else 80 + k, [0, -2, -1, -4], -4),
         (lambda k: 0 if k > 0 else 80 + k, [0, 1, -1, -0.5], 0),
     ],
