@@ -230,6 +230,11 @@ def test_page_has_the_tables_of_the_results(setting):
     cells = large_batch.cells_of(results, large_batch.SETTINGS[setting])
     assert cells == json.loads(path.read_text())["cells"]
     page = (docs / "large_batch.md").read_text()
+    batches = large_batch.SETTINGS[setting].batches
+    places = len(large_batch.NETWORKS) * len(large_batch.RECIPES) * len(batches)
+    if len(cells) < places:
+        assert "**It has not been run to its\nend yet**" in page
+        return
     for network in large_batch.NETWORKS:
         assert large_batch.table(cells, network) in page
 
