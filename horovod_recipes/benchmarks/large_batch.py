@@ -293,7 +293,7 @@ def make_optimizer(run, setting):
     updates = round(setting.epochs * setting.training_images / run.batch)
     rate = run.rate
     if recipe.scheduled:
-        warmup = round(setting.warmup_epochs / setting.epochs * updates)
+        warmup = warmup_updates(setting, updates)
         rate = WarmupPolynomialDecay(
             run.rate,
             updates,
@@ -312,6 +312,10 @@ def make_optimizer(run, setting):
         **recipe.arguments,
     )
     return optimizer, updates
+
+
+def warmup_updates(setting, updates):
+    return round(setting.warmup_epochs / setting.epochs * updates)
 
 
 def train(run, setting, callbacks=()):
@@ -501,7 +505,7 @@ def write_results(path, setting, results):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
     content = {
-        "command": "python -m horovod_recipes.benchmarks.large_batch",
+        "command": " ".join(["python -m", __spec__.name, *sys.argv[1:]]),
         "backend": keras.backend.backend(),
         "machine": report.machine(),
         "setting": as_json(setting),
@@ -657,34 +661,24 @@ def repeat(name, setting, workers, path):
 def main():
     report.parse_command_line(FLAGS)
     setting = SETTINGS[_SETTING.value]
-    small = _SETTING.value == "small"
-    path = pathlib.Path(
-        _OUTPUT.value
-        or (
-            "runs/large_batch_small.json"
-            if small
-            else "docs/results/large_batch.json"
-        )
+    # Results of a try do not belong to the documentation.
+    output, picture = (
+        ("runs/large_batch_small.json", "runs/large_batch_small.png")
+        if _SETTING.value == "small"
+        else ("docs/results/large_batch.json", "docs/images/large_batch.png")
     )
+    path = pathlib.Path(_OUTPUT.value or output)
     if _AGAIN.value:
         repeat(_AGAIN.value, setting, _WORKERS.value, path)
         return
-    if not _REPORT.value:
+    if _REPORT.value:
+        results = read_results(path, setting)
+    else:
         fashion_mnist.fetch()
-        study(setting, _WORKERS.value, path)
-    cells = cells_of(read_results(path, setting), setting)
+        results = study(setting, _WORKERS.value, path)
+    cells = cells_of(results, setting)
     print_report(cells)
-    draw(
-        cells,
-        pathlib.Path(
-            _PICTURE.value
-            or (
-                "runs/large_batch_small.png"
-                if small
-                else "docs/images/large_batch.png"
-            )
-        ),
-    )
+    draw(cells, _PICTURE.value or picture)
 
 
 if __name__ == "__main__":

@@ -260,17 +260,10 @@ def measure(network, micro_batch, accumulation, xla, rounds, alone):
             kind: report.spread(values, 2) for kind, values in found.items()
         },
         "speed_up": {
-            kind: report.spread(
-                [
-                    a / b
-                    for a, b in zip(found[kind], found["alone"], strict=True)
-                ]
-            )
+            kind: ratio(found[kind], found["alone"])
             for kind in ("all", "apart")
         },
-        "all_over_apart": report.spread(
-            [a / b for a, b in zip(found["all"], found["apart"], strict=True)]
-        ),
+        "all_over_apart": ratio(found["all"], found["apart"]),
         "seconds_of_an_update": {
             kind: {name: round(value, 4) for name, value in part.items()}
             for kind, part in parts.items()
