@@ -51,22 +51,35 @@ def run_until_sigterm(*command, rank, path, seconds=300):
     )
     while job.poll() is None and not path.exists():
         time.sleep(0.1)
-    processes = psutil.Process(job.pid).children(recursive=True)
-    (process,) = [p for p in processes if _is_rank(p, rank)]
-    process.send_signal(signal.SIGTERM)
+    send(job, signal.SIGTERM, TRAIN[2], RANK_VARIABLES, str(rank))
     output, _ = job.communicate()
     return job.returncode, output
 
 
-def _is_rank(process, rank):
+def send(job, number, module, variables, value):
+    """Sends a signal to the rank one of whose variables has that value.
+
+    The first such process is the rank. A process that it forks looks the same
+    for a moment.
+    """
+    ranks = [
+        process
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if _is_rank(process, module, variables, value)
+    ]
+    min(ranks, key=psutil.Process.create_time).send_signal(number)
+
+
+def _is_rank(process, module, variables, value):
     try:
         environment = process.environ()
         return (
             process.name().startswith("python")
-            and str(rank) in [environment.get(name) for name in RANK_VARIABLES]
-            and process.cmdline()[1:3] == list(TRAIN[1:3])
+            and process.cmdline()[1:3] == ["-m", module]
+            and value in [environment.get(name) for name in variables]
         )
     except (psutil.NoSuchProcess, psutil.AccessDenied):
+        # It has just ended, also where its parent has not yet heard.
         return False
 
 

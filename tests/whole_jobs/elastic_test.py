@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
 
 from tests.jobs import HOROVODRUN
 from tests.jobs import ROOT
 from tests.jobs import run
+from tests.jobs import send
 
 TWO_HOSTS = "localhost:1\n127.0.0.1:1\n"
 DEMO = (sys.executable, "-m", "horovod_recipes.elastic_demo")
@@ -64,16 +64,9 @@ def run_and_disturb(command, *disturbances, seconds=500):
 
 
 def kill_worker(host):
-    def kill(job):
-        (worker,) = [
-            process
-            for process in psutil.Process(job.pid).children(recursive=True)
-            if process.name().startswith("python")
-            and process.environ().get("HOROVOD_HOSTNAME") == host
-        ]
-        worker.send_signal(signal.SIGKILL)
-
-    return kill
+    return lambda job: send(
+        job, signal.SIGKILL, DEMO[2], ["HOROVOD_HOSTNAME"], host
+    )
 
 
 def of_kind(kind, events):
