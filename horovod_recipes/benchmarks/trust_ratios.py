@@ -26,7 +26,7 @@ from absl import flags
 
 from horovod_recipes import photos
 from horovod_recipes.augmentations import AUGMENTATIONS
-from horovod_recipes.benchmarks import large_batch
+from horovod_recipes.benchmarks import large_batch_run
 from horovod_recipes.benchmarks import report
 from horovod_recipes.configs import alexnet as alexnet_config
 from horovod_recipes.models.alexnet import alexnet
@@ -50,8 +50,8 @@ _PICTURE = flags.DEFINE_string(
 SEED = 0
 PHOTOS = (5, 10, 20)
 # The rate was chosen by hand, by runs that are not kept.
-RUN = large_batch.Run("alexnet", "lars_scaled", 8192, 16.0, SEED)
-SETTING = large_batch.SETTINGS["full"]
+RUN = large_batch_run.Run("alexnet", "lars_scaled", 8192, 16.0, SEED)
+SETTING = large_batch_run.SETTINGS["full"]
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 # ‖w‖/‖∇L‖ of kernel and bias in Table 2 of the paper, as copies in public code
 # have it; the paper itself was not at hand. They name kernels "b" and biases
@@ -127,10 +127,10 @@ def course(run, setting):
 
     Of kernels, which are what the recipe adapts.
     """
-    optimizer, _ = large_batch.make_optimizer(run, setting)
+    optimizer, _ = large_batch_run.make_optimizer(run, setting)
     with tempfile.TemporaryDirectory() as log_dir:
         logger = TrustRatioLogger(log_dir, every_n_steps=1)
-        result = large_batch.train(run, setting, [logger])
+        result = large_batch_run.train(run, setting, [logger])
         table = pathlib.Path(log_dir, "trust_ratios.csv").read_text()
     _, *rows = csv.reader(table.splitlines())
     steps, *columns = np.array(rows, "float64").T
@@ -138,7 +138,7 @@ def course(run, setting):
         raise RuntimeError(f"not every update was recorded: {steps}")
     return result, {
         layer: norm_ratios(
-            column, optimizer.trust_coefficient, large_batch.WEIGHT_DECAY
+            column, optimizer.trust_coefficient, large_batch_run.WEIGHT_DECAY
         ).tolist()
         for layer, column in zip(LAYERS, columns, strict=True)
     }
@@ -164,7 +164,7 @@ def measure():
         "course": {
             "run": result,
             "epochs": SETTING.epochs,
-            "warmup_updates": large_batch.warmup_updates(
+            "warmup_updates": large_batch_run.warmup_updates(
                 SETTING, result["updates"]
             ),
             "training_images": SETTING.training_images,
@@ -253,7 +253,7 @@ def draw(lines, ratios, path):
     for layer, values in ratios.items():
         training.plot(range(1, len(values) + 1), values, label=layer)
     training.axvline(
-        large_batch.warmup_updates(SETTING, len(ratios[LAYERS[0]])),
+        large_batch_run.warmup_updates(SETTING, len(ratios[LAYERS[0]])),
         color="0.5",
         linestyle=":",
         label="end of warm-up",

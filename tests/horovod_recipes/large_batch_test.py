@@ -14,8 +14,14 @@ import pytest
 
 from horovod_recipes.benchmarks import fashion_mnist
 from horovod_recipes.benchmarks import large_batch
-from horovod_recipes.benchmarks.large_batch import Run
-from horovod_recipes.benchmarks.large_batch import Setting
+from horovod_recipes.benchmarks import large_batch_report
+from horovod_recipes.benchmarks import large_batch_run
+from horovod_recipes.benchmarks.large_batch_run import NETWORKS
+from horovod_recipes.benchmarks.large_batch_run import RECIPES
+from horovod_recipes.benchmarks.large_batch_run import SETTINGS
+from horovod_recipes.benchmarks.large_batch_run import MicroBatches
+from horovod_recipes.benchmarks.large_batch_run import Run
+from horovod_recipes.benchmarks.large_batch_run import Setting
 
 TINY = Setting(
     batches=(256, 512),
@@ -83,14 +89,14 @@ def test_rates_of_a_chain_follow_the_batch():
 def test_sgd_is_that_of_keras():
     """With one layer and no bias, so that the decay can be in the loss."""
     run = Run("alexnet", "sgd", 256, 0.1, 0)
-    optimizer, _ = large_batch.make_optimizer(run, TINY)
+    optimizer, _ = large_batch_run.make_optimizer(run, TINY)
     weight = keras.Variable(np.ones((2, 3), "float32"))
     same = keras.Variable(np.ones((2, 3), "float32"))
-    sgd = keras.optimizers.SGD(0.1, momentum=large_batch.MOMENTUM)
+    sgd = keras.optimizers.SGD(0.1, momentum=large_batch_run.MOMENTUM)
     rng = np.random.default_rng(0)
     for _ in range(3):
         gradient = rng.normal(size=(2, 3)).astype("float32")
-        decay = large_batch.WEIGHT_DECAY * np.array(same)
+        decay = large_batch_run.WEIGHT_DECAY * np.array(same)
         optimizer.apply([gradient], [weight])
         sgd.apply([gradient + decay], [same])
     np.testing.assert_allclose(weight, same, rtol=1e-6)
@@ -100,7 +106,7 @@ def test_sgd_is_that_of_keras():
 def test_rate_warms_up_and_counts_updates():
     setting = dataclasses.replace(TINY, epochs=10, warmup_epochs=2)
     run = Run("alexnet", "lars", 512, 8.0, 0)
-    optimizer, updates = large_batch.make_optimizer(run, setting)
+    optimizer, updates = large_batch_run.make_optimizer(run, setting)
     assert updates == 20
     variable = keras.Variable(np.ones((2, 2), "float32"))
     rates = []
@@ -115,7 +121,7 @@ def test_rate_warms_up_and_counts_updates():
 
 def test_micro_batches_have_each_image_once_an_epoch():
     images = np.arange(512).reshape(-1, 1, 1, 1)
-    batches = large_batch.MicroBatches(images, images[:, 0, 0, 0], 5, seed=1)
+    batches = MicroBatches(images, images[:, 0, 0, 0], 5, seed=1)
     assert len(batches) == 5
     found = [batches[index] for index in range(5)]
     for x, y in found:
@@ -130,9 +136,9 @@ def test_a_diverged_network_has_a_top1_of_0():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3)])
     model.set_weights([np.eye(3), np.zeros(3)])
     labels = np.array([0, 1, 2])
-    assert large_batch.top1(model, np.eye(3)[[0, 1, 1]], labels) == 66.67
+    assert large_batch_run.top1(model, np.eye(3)[[0, 1, 1]], labels) == 66.67
     model.set_weights([np.eye(3), np.full(3, np.nan)])
-    assert large_batch.top1(model, np.eye(3), labels) == 0.0
+    assert large_batch_run.top1(model, np.eye(3), labels) == 0.0
 
 
 def test_study_goes_on_where_it_was(monkeypatch, tmp_path):
@@ -212,31 +218,31 @@ CELL = {
 
 def test_table_and_picture(tmp_path):
     cells = [CELL, CELL | {"recipe": "sgd", "rate_at_the_edge": True}]
-    assert large_batch.table(cells, "alexnet").splitlines()[2] == (
+    assert large_batch_report.table(cells, "alexnet").splitlines()[2] == (
         "| 256 | 4 | 89.75 (89.0 to 90.5) at 2* | not run | "
         "89.75 (89.0 to 90.5) at 2 | not run |"
     )
     path = tmp_path / "picture.png"
-    large_batch.draw(cells, path)
+    large_batch_report.draw(cells, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("setting", large_batch.SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_page_has_the_tables_of_the_results(setting):
     docs = pathlib.Path(__file__).parents[2] / "docs"
     name = "large_batch" if setting == "full" else "large_batch_small"
     path = docs / "results" / f"{name}.json"
-    results = large_batch.read_results(path, large_batch.SETTINGS[setting])
-    cells = large_batch.cells_of(results, large_batch.SETTINGS[setting])
+    results = large_batch.read_results(path, SETTINGS[setting])
+    cells = large_batch.cells_of(results, SETTINGS[setting])
     assert cells == json.loads(path.read_text())["cells"]
     page = (docs / "large_batch.md").read_text()
-    batches = large_batch.SETTINGS[setting].batches
-    places = len(large_batch.NETWORKS) * len(large_batch.RECIPES) * len(batches)
+    batches = SETTINGS[setting].batches
+    places = len(NETWORKS) * len(RECIPES) * len(batches)
     if len(cells) < places:
         assert "**It has not been run to its\nend yet**" in page
         return
-    for network in large_batch.NETWORKS:
-        assert large_batch.table(cells, network) in page
+    for network in NETWORKS:
+        assert large_batch_report.table(cells, network) in page
 
 
 def test_results_of_another_setting_are_refused(tmp_path):
@@ -288,22 +294,22 @@ def test_fashion_mnist_says_where_to_get_it(monkeypatch, tmp_path):
 SCRIPT = """
 import sys
 import numpy as np
-from horovod_recipes.benchmarks import large_batch
+from horovod_recipes.benchmarks import large_batch_run
 
 labels = np.random.default_rng(0).integers(0, 10, 512).astype("uint8")
 images = np.ones((512, 28, 28, 1)) * labels[:, None, None, None] / 5 - 1
 parts = dict.fromkeys(("training", "validation", "test"), (images, labels))
-large_batch.data = lambda _: parts
-setting = large_batch.Setting((512,), 40, 0, 512, 1, 1)
-run = large_batch.Run(sys.argv[1], "sgd_linear", 512, 0.1, 1)
+large_batch_run.data = lambda _: parts
+setting = large_batch_run.Setting((512,), 40, 0, 512, 1, 1)
+run = large_batch_run.Run(sys.argv[1], "sgd_linear", 512, 0.1, 1)
 for _ in range(2):
-    print(large_batch.train(run, setting)["test_top1"])
+    print(large_batch_run.train(run, setting)["test_top1"])
 """
 # As on a machine that has no TensorFlow.
 NO_TENSORFLOW = "import sys; sys.modules['tensorflow'] = None"
 
 
-@pytest.mark.parametrize("network", large_batch.NETWORKS)
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_a_run_learns_and_repeats(backend, network):
     first = NO_TENSORFLOW if backend == "jax" else ""

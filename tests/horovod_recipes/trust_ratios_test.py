@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from horovod_recipes.benchmarks import large_batch
+from horovod_recipes.benchmarks import large_batch_run
 from horovod_recipes.benchmarks import trust_ratios
 from horovod_recipes.models.alexnet import alexnet
 from keras_lars import LARS
@@ -63,9 +63,9 @@ def test_course_has_the_ratio_of_every_update(monkeypatch):
     labels = np.random.default_rng(0).integers(0, 10, 1024).astype("uint8")
     images = np.ones((1024, 28, 28, 1)) * labels[:, None, None, None] / 5 - 1
     parts = dict.fromkeys(("training", "validation", "test"), (images, labels))
-    monkeypatch.setattr(large_batch, "data", lambda _: parts)
+    monkeypatch.setattr(large_batch_run, "data", lambda _: parts)
     setting = dataclasses.replace(
-        large_batch.SETTINGS["full"],
+        large_batch_run.SETTINGS["full"],
         epochs=2,
         warmup_epochs=0,
         training_images=1024,
@@ -75,7 +75,7 @@ def test_course_has_the_ratio_of_every_update(monkeypatch):
     assert result["updates"] == 2
     assert list(ratios) == list(trust_ratios.LAYERS)
 
-    model = large_batch.small_alexnet(run.seed)
+    model = large_batch_run.small_alexnet(run.seed)
     _, lines = trust_ratios.first_step(model, images, labels)
     expected = [x["ratio"] for x in lines if x["kind"] == "kernel"]
     assert len(set(np.round(expected, 3))) == len(expected)
