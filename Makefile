@@ -35,8 +35,7 @@ SETTINGS := $(BASE_PYTHON) $(TENSORFLOW) $(CONSTRAINTS)
 # --gloo, horovodrun takes MPI where Horovod was built with it.
 TWO_RANKS = timeout --kill-after=10 1800 \
   $(BIN)/horovodrun --gloo -np 2 $(BIN)/python
-# A rank of Open MPI that waits would else keep the core that the other needs.
-TWO_MPI_RANKS = OMPI_MCA_mpi_yield_when_idle=1 timeout --kill-after=10 1800 \
+TWO_MPI_RANKS = timeout --kill-after=10 1800 \
   $(BIN)/horovodrun --mpi -np 2 $(BIN)/python
 # A test that hangs, on either rank, has both write the stacks of their threads
 # and end.

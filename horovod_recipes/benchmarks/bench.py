@@ -54,8 +54,7 @@ class Benchmark:
 
 
 GLOO = "horovodrun --gloo -np 2 "
-# A rank of Open MPI that waits would else keep the core that it computes on.
-MPI = "env OMPI_MCA_mpi_yield_when_idle=1 horovodrun --mpi -np 2 "
+MPI = "horovodrun --mpi -np 2 "
 BENCHMARKS = (
     Benchmark(optimizer_step, "optimizer_step_cpu.json"),
     Benchmark(allreduce, "allreduce.json", (GLOO, MPI)),

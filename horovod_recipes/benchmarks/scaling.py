@@ -1,8 +1,7 @@
 """How many more images a second do two ranks train on than one?
 
     horovodrun --gloo -np 2 python -m horovod_recipes.benchmarks.scaling
-    OMPI_MCA_mpi_yield_when_idle=1 horovodrun --mpi -np 2 \\
-        python -m horovod_recipes.benchmarks.scaling
+    horovodrun --mpi -np 2 python -m horovod_recipes.benchmarks.scaling
 
 trains ResNet-50 on images of 64 x 64 pixels by what a job does, with
 accumulation 8 and without, on ranks that have a core of their own and one

@@ -28,7 +28,6 @@ from horovod.tensorflow import global_process_set
 from horovod.tensorflow import gloo_built
 from horovod.tensorflow import gloo_enabled
 from horovod.tensorflow import grouped_allreduce
-from horovod.tensorflow import init
 from horovod.tensorflow import is_initialized
 from horovod.tensorflow import join
 from horovod.tensorflow import local_rank
@@ -53,6 +52,7 @@ from horovod_recipes.keras.collectives import broadcast
 from horovod_recipes.keras.collectives import reducescatter
 from horovod_recipes.keras.evaluation import evaluate
 from horovod_recipes.keras.gradient_tape import DistributedGradientTape
+from horovod_recipes.keras.initialization import init
 from horovod_recipes.keras.loading import load_model
 from horovod_recipes.keras.optimizer import DistributedOptimizer
 from horovod_recipes.keras.optimizer import PartialDistributedOptimizer
