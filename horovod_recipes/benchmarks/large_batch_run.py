@@ -186,6 +186,31 @@ class MicroBatches(keras.utils.PyDataset):
         return self._images[order], self._labels[order]
 
 
+def without_autotuning(batches):
+    """Returns the same batches in another form, where TensorFlow reads them.
+
+    It would else end many trainings half a minute late: it tunes the input from
+    a thread that sleeps for up to a minute, and waits for it in the end.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return batches
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_generator(
+        lambda: map(batches.__getitem__, range(len(batches))),
+        # Of batches of any size, so that both forms are rounded alike.
+        output_signature=tuple(
+            tf.TensorSpec((None, *part.shape[1:]), part.dtype)
+            for part in batches[0]
+        ),
+    )
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.apply(
+        tf.data.experimental.assert_cardinality(len(batches))
+    ).with_options(options)
+
+
 @functools.cache
 def data(training_images):
     """Returns `{part: (images, labels)}`, with pixels from -1 to 1."""
@@ -249,7 +274,7 @@ def train(run, setting, callbacks=()):
     )
     count = updates * run.batch // MICRO_BATCH
     model.fit(
-        MicroBatches(*parts["training"], count, run.seed),
+        without_autotuning(MicroBatches(*parts["training"], count, run.seed)),
         # Keras would shuffle the micro-batches, by a seed of its own.
         shuffle=False,
         verbose=0,

@@ -132,6 +132,18 @@ def test_micro_batches_have_each_image_once_an_epoch():
     assert not np.array_equal(*epochs)
 
 
+def test_tensorflow_reads_the_same_batches_and_does_not_tune():
+    """A sleeping tuner held up the end of many trainings by half a minute."""
+    images = np.arange(512, dtype="float32").reshape(-1, 1, 1, 1)
+    batches = MicroBatches(images, np.arange(512) % 10, 3, seed=1)
+    dataset = large_batch_run.without_autotuning(batches)
+    assert dataset.options().autotune.enabled is False
+    assert int(dataset.cardinality()) == 3
+    for found, expected in zip(dataset, batches, strict=True):
+        for part, same in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(part, same)
+
+
 def test_a_diverged_network_has_a_top1_of_0():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3)])
     model.set_weights([np.eye(3), np.zeros(3)])
