@@ -51,12 +51,12 @@ def run_until_sigterm(*command, rank, path, seconds=300):
     )
     while job.poll() is None and not path.exists():
         time.sleep(0.1)
-    send(job, signal.SIGTERM, TRAIN[2], RANK_VARIABLES, str(rank))
+    signal_rank(job, signal.SIGTERM, TRAIN[2], RANK_VARIABLES, str(rank))
     output, _ = job.communicate()
     return job.returncode, output
 
 
-def send(job, number, module, variables, value):
+def signal_rank(job, number, module, variables, value):
     """Sends a signal to the rank one of whose variables has that value.
 
     The first such process is the rank. A process that it forks looks the same

@@ -14,7 +14,7 @@ import pytest
 from tests.jobs import HOROVODRUN
 from tests.jobs import ROOT
 from tests.jobs import run
-from tests.jobs import send
+from tests.jobs import signal_rank
 
 TWO_HOSTS = "localhost:1\n127.0.0.1:1\n"
 DEMO = (sys.executable, "-m", "horovod_recipes.elastic_demo")
@@ -64,7 +64,7 @@ def run_and_disturb(command, *disturbances, seconds=500):
 
 
 def kill_worker(host):
-    return lambda job: send(
+    return lambda job: signal_rank(
         job, signal.SIGKILL, DEMO[2], ["HOROVOD_HOSTNAME"], host
     )
 
