@@ -412,6 +412,10 @@ def main(argv):
     warnings.filterwarnings("ignore", "Your input ran out of data")
     tf.get_logger().setLevel("ERROR")
     logging.set_verbosity(logging.ERROR)
+    # Under PYTHONUNBUFFERED a line and its end are written one by one, and
+    # mpirun writes the label of the rank between them.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, write_through=False)
     hvd.init()
     try:
         with raised_on_every_rank():

@@ -64,7 +64,9 @@ def test_failure_of_a_rank_ends_the_job_with_its_reason(tmp_path):
     folder, (name,) = write_corrupt_copy(tmp_path / "data", "train", [3000])
     workdir = f"--workdir={tmp_path / 'run'}"
     data = f"--config.dataset.data_dir={folder}"
-    result = run(*MPIRUN, *TRAIN, *TINY, data, workdir)
+    result = run(
+        "env", "PYTHONUNBUFFERED=1", *MPIRUN, *TRAIN, *TINY, data, workdir
+    )
     assert result.returncode == 1
     lines = [line.partition("error: ")[2] for line in error_lines(result)]
     first, second = sorted(lines)

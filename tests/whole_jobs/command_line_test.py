@@ -1,13 +1,16 @@
 """Whole jobs from the command line: exit status, printed lines, files."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 
 from tests.corrupt_dataset import write_corrupt_copy
 from tests.jobs import HOROVODRUN
+from tests.jobs import ROOT
 from tests.jobs import TRAIN
 from tests.jobs import error_lines
 from tests.jobs import run
@@ -49,6 +52,23 @@ def test_bad_command_line(tmp_path, arguments, message):
     assert re.search(message, line), line
     assert result.stderr.splitlines()[-1] == line
     assert not workdir.exists()
+
+
+def test_a_line_is_written_whole(tmp_path):
+    """A pipe of packets gives back each write on its own, as mpirun may."""
+    reader, writer = os.pipe2(os.O_DIRECT)
+    command = [*TRAIN, "--config=demo", "--bogus", f"--workdir={tmp_path}"]
+    with open(reader, "rb", buffering=0) as writes:
+        subprocess.run(
+            ["env", "PYTHONUNBUFFERED=1", *command],
+            cwd=ROOT,
+            stderr=writer,
+            timeout=300,
+        )
+        os.close(writer)
+        texts = iter(lambda: writes.read(4096), b"")
+        (line,) = [text for text in texts if text.startswith(b"error: ")]
+    assert line.endswith(b"\n"), line
 
 
 def test_job_under_horovodrun(tmp_path):
