@@ -14,6 +14,7 @@ from horovod_recipes.augmentations import AUGMENTATIONS
 # Images that are parsed and checked together, and decoded by one thread: so
 # many that what is done once for all of them does not count.
 GROUP_SIZE = 32
+BATCHES_AHEAD = 2
 # What the data of every JPEG begin with.
 JPEG_MARK = b"\xff\xd8\xff"
 
@@ -121,7 +122,7 @@ def training_batches(
             tf.random.experimental.stateless_fold_in(epoch_seed, 0)
         )
         groups = _decode(
-            records, source, augmentation, key, shape, corrupt_images
+            records, source, augmentation, key, shape, threads, corrupt_images
         )
         batches = groups.rebatch(batch_size, drop_remainder=True)
         missing = _error_instead_of_a_batch(batches.element_spec)
@@ -135,7 +136,7 @@ def training_batches(
     batches = epochs.flat_map(epoch_of_batches)
     if config.service:
         batches = _through_service(batches, config.service)
-    return batches.prefetch(tf.data.AUTOTUNE).with_options(_options(threads))
+    return batches.prefetch(BATCHES_AHEAD).with_options(_options(threads))
 
 
 def evaluation_batches(
@@ -149,12 +150,12 @@ def evaluation_batches(
     shape = source.image_shape(config.image_size)
     _, crop = AUGMENTATIONS[config.augmentation]
     records = source.records(config.test_split, rank, ranks).enumerate()
-    groups = _decode(records, source, crop, 0, shape, corrupt_images)
+    groups = _decode(records, source, crop, 0, shape, threads, corrupt_images)
     batches = groups.rebatch(batch_size)
-    return batches.prefetch(tf.data.AUTOTUNE).with_options(_options(threads))
+    return batches.prefetch(BATCHES_AHEAD).with_options(_options(threads))
 
 
-def _decode(records, source, augmentation, key, shape, corrupt_images):
+def _decode(records, source, augmentation, key, shape, threads, corrupt_images):
     """Makes numbered records images and labels, in groups; finds the corrupt.
 
     All but decoding and cropping is done once a group: an operation takes about
@@ -211,7 +212,7 @@ def _decode(records, source, augmentation, key, shape, corrupt_images):
             return tf.identity(images), tf.gather(labels, good)
 
     return records.batch(GROUP_SIZE).map(
-        decode_group, num_parallel_calls=tf.data.AUTOTUNE
+        decode_group, num_parallel_calls=threads
     )
 
 
@@ -255,6 +256,9 @@ def _through_service(batches, address):
 def _options(threads):
     options = tf.data.Options()
     options.deterministic = True
+    # It tunes from a thread that sleeps for up to a minute, and an iterator
+    # that ends waits for it.
+    options.autotune.enabled = False
     options.threading.private_threadpool_size = threads
     # Images are decoded beside each other, so that one needs one thread.
     options.threading.max_intra_op_parallelism = 1

@@ -39,10 +39,11 @@ from horovod_recipes.sources import load_source
 # Of its own, because tests import all benchmarks into one process.
 FLAGS = flags.FlagValues()
 _ROUNDS = flags.DEFINE_integer(
-    "rounds", 7, "Rounds.", lower_bound=2, flag_values=FLAGS
+    "rounds", 21, "Rounds.", lower_bound=2, flag_values=FLAGS
 )
+# Whole batches, and whole groups of input_pipeline.GROUP_SIZE.
 _IMAGES = flags.DEFINE_integer(
-    "images", 2000, "Images in a round.", flag_values=FLAGS
+    "images", 640, "Images in a round.", flag_values=FLAGS
 )
 _MEMORY_IMAGES = flags.DEFINE_integer(
     "memory_images", 8000, "Images of the epoch for memory.", flag_values=FLAGS

@@ -74,6 +74,12 @@ def test_batches_are_encoded_images_decoded(source):
     assert 20 < images.numpy().mean() < 50
 
 
+def test_nothing_is_tuned_from_a_thread_that_sleeps(source):
+    """Every evaluation and job would end up to a minute late."""
+    for batches in training(source), evaluation(source, rank=0, ranks=1):
+        assert batches.options().autotune.enabled is False
+
+
 def test_split_is_stratified(source):
     for split, count in (("train", 400), ("test", 100)):
         labels = collections.Counter(
