@@ -421,6 +421,10 @@ def main(argv):
         with raised_on_every_rank():
             choose_gpu()
             config_name = command_line.parse(FLAGS, argv)
+            if FLAGS.config.deterministic:
+                # On a CPU the rounding of gradients depends on which operations
+                # run beside each other. Can be set before the first one alone.
+                tf.config.threading.set_inter_op_parallelism_threads(1)
             mode = run_mode()
             if FLAGS.rehearse:
                 images = FLAGS.workdir.rstrip("/") + "-images"
