@@ -111,7 +111,7 @@ test-cluster: .venv/done $(DATA)
 slurm-tests: .venv/done $(DATA)
 	timeout --kill-after=10 1200 tests/slurm/run.sh
 
-# The demo over five seeds, for the README: 8 minutes on 2 cores.
+# The demo over five seeds, for the README: 11 minutes on 2 cores.
 demo-seeds: .venv/done $(DATA)
 	mkdir -p docs/results
 	rm -f docs/results/demo_seeds.jsonl

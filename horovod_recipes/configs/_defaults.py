@@ -38,7 +38,7 @@ def get_config():
     config.precision = "float32"
     # Whether XLA compiles forward and backward pass, and evaluation.
     config.xla = False
-    # Bit-equal results of equal jobs, at some cost on a GPU.
+    # Bit-equal results of equal jobs, at some cost of speed.
     config.deterministic = False
     config.label_smoothing = 0.0
     config.schedule = config_dict.create(power=2.0)
