@@ -14,6 +14,7 @@ from horovod_recipes.augmentations import AUGMENTATIONS
 # Images that are parsed and checked together, and decoded by one thread: so
 # many that what is done once for all of them does not count.
 GROUP_SIZE = 32
+# While one is trained on: the next, and one more, as not all take as long.
 BATCHES_AHEAD = 2
 # What the data of every JPEG begin with.
 JPEG_MARK = b"\xff\xd8\xff"

@@ -57,17 +57,18 @@ def test_bad_command_line(tmp_path, arguments, message):
 def test_a_line_is_written_whole(tmp_path):
     """A pipe of packets gives back each write on its own, as mpirun may."""
     reader, writer = os.pipe2(os.O_DIRECT)
-    command = [*TRAIN, "--config=demo", "--bogus", f"--workdir={tmp_path}"]
-    with open(reader, "rb", buffering=0) as writes:
-        subprocess.run(
-            ["env", "PYTHONUNBUFFERED=1", *command],
-            cwd=ROOT,
-            stderr=writer,
-            timeout=300,
-        )
-        os.close(writer)
-        texts = iter(lambda: writes.read(4096), b"")
-        (line,) = [text for text in texts if text.startswith(b"error: ")]
+    job = subprocess.Popen(
+        [
+            *("timeout", "300", "env", "PYTHONUNBUFFERED=1"),
+            *(*TRAIN, "--config=demo", "--bogus", f"--workdir={tmp_path}"),
+        ],
+        cwd=ROOT,
+        stderr=writer,
+    )
+    os.close(writer)
+    with job, open(reader, "rb", buffering=0) as writes:
+        texts = list(iter(lambda: writes.read(4096), b""))
+    (line,) = [text for text in texts if text.startswith(b"error: ")]
     assert line.endswith(b"\n"), line
 
 
