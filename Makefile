@@ -98,7 +98,7 @@ gpu-build-test:
 
 # Whole jobs: killed, resumed; ImageNet's recipes, on photos that this downloads.
 job-tests: .venv/done $(DATA)
-	$(BIN)/python -m horovod_recipes.photos
+	$(BIN)/python -m benchmarks.photos
 	timeout --kill-after=10 3000 $(BIN)/python -m pytest tests/whole_jobs
 
 # As root on Linux, with iproute2 and openssh-server: jobs on two hosts made of
@@ -131,8 +131,8 @@ demo-seeds: .venv/done $(DATA)
 bench: .venv/done
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
-	$(BIN)/python -m horovod_recipes.photos
-	$(BIN)/python -m horovod_recipes.benchmarks.bench
+	$(BIN)/python -m benchmarks.photos
+	$(BIN)/python -m benchmarks.speed.bench
 
 # With other settings the environment is made anew: two builds of TensorFlow
 # in one environment overwrite each other.
@@ -152,7 +152,7 @@ bench: .venv/done
 	@echo "$(MPICXX)" | cmp --silent - $@ || echo "$(MPICXX)" > $@
 
 $(DATA): | .venv/done
-	$(BIN)/python -m horovod_recipes.datasets mnist5k
+	$(BIN)/python -m horovod_recipes.data mnist5k
 
 clean:
 	rm -rf .venv .settings .mpi data runs build *.egg-info

@@ -19,8 +19,8 @@ import tensorflow as tf
 from absl import logging
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.data.sources import load_source
 from horovod_recipes.models.small_cnn import small_cnn
-from horovod_recipes.sources import load_source
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
 

@@ -411,7 +411,7 @@ def _norm(x, size):
     vector instructions. The sum of a few long rows it computes in one pass,
     vectorised and on all threads, and a sixteenth is left to sum. Without
     `maximum`, which changes nothing here, it would fold both sums back into
-    one. `horovod_recipes.benchmarks.norm` times this and other ways.
+    one. `benchmarks.speed.norm` times this and other ways.
     """
     squares = ops.square(ops.cast(x, "float32"))
     rows = math.gcd(size, 16)

@@ -5,7 +5,7 @@ import shutil
 
 import tensorflow as tf
 
-from horovod_recipes.sources import load_builder
+from horovod_recipes.data.sources import load_builder
 
 
 def write_corrupt_copy(folder, split, indices):

@@ -10,6 +10,8 @@ from ml_collections import config_dict
 def get_config():
     """Returns a `ConfigDict` that lacks only what a recipe is about."""
     config = config_dict.ConfigDict()
+    # Of horovod_recipes.training.tasks.
+    config.task = "classification"
     config.dataset = config_dict.create(
         # None is TFDS's default folder, or TFDS_DATA_DIR.
         data_dir=config_dict.placeholder(str),
@@ -17,7 +19,7 @@ def get_config():
         test_split="test",
         # In pixels, after the crop; None for the size on disk.
         image_size=config_dict.placeholder(int),
-        # Of horovod_recipes.augmentations.
+        # Of horovod_recipes.data.augmentations.
         augmentation="none",
         # "stop" names the image and ends the job; "skip" warns and counts.
         corrupt_images="stop",
@@ -41,6 +43,8 @@ def get_config():
     # Bit-equal results of equal jobs, at some cost of speed.
     config.deterministic = False
     config.label_smoothing = 0.0
+    # Or "sgd": momentum and L2 decay of `optimizer`, no layer-wise adaptation.
+    config.optimizer_name = "lars"
     config.schedule = config_dict.create(power=2.0)
     config.evaluate_every_epochs = 1
     config.checkpoint_every_epochs = 1

@@ -40,10 +40,9 @@ def get_config():
 def without_lars(config):
     """Makes the optimizer SGD with momentum and L2 decay, in place.
 
-    LARS that adapts no layer is that; biases and batch norms are not decayed.
+    Biases and batch norms are not decayed.
     """
-    config.optimizer.exclude_from_layer_adaptation = [".*"]
-    config.optimizer.unadapted_scale = 1.0
+    config.optimizer_name = "sgd"
 
 
 def row(rows, variant):

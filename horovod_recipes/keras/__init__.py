@@ -46,20 +46,20 @@ from horovod.tensorflow import stop_timeline
 
 from horovod_recipes.keras import callbacks
 from horovod_recipes.keras import elastic
-from horovod_recipes.keras.collectives import allgather
-from horovod_recipes.keras.collectives import allreduce
-from horovod_recipes.keras.collectives import broadcast
-from horovod_recipes.keras.collectives import reducescatter
-from horovod_recipes.keras.evaluation import evaluate
-from horovod_recipes.keras.gradient_tape import DistributedGradientTape
-from horovod_recipes.keras.initialization import init
-from horovod_recipes.keras.loading import load_model
-from horovod_recipes.keras.optimizer import DistributedOptimizer
-from horovod_recipes.keras.optimizer import PartialDistributedOptimizer
-from horovod_recipes.keras.sync_batch_norm import SyncBatchNormalization
-from horovod_recipes.keras.train_step import split_train_steps
-from horovod_recipes.keras.variables import broadcast_global_variables
-from horovod_recipes.keras.variables import broadcast_variables
+from horovod_recipes.keras._collectives import allgather
+from horovod_recipes.keras._collectives import allreduce
+from horovod_recipes.keras._collectives import broadcast
+from horovod_recipes.keras._collectives import reducescatter
+from horovod_recipes.keras._evaluation import evaluate
+from horovod_recipes.keras._gradient_tape import DistributedGradientTape
+from horovod_recipes.keras._init import init
+from horovod_recipes.keras._loading import load_model
+from horovod_recipes.keras._optimizer import DistributedOptimizer
+from horovod_recipes.keras._optimizer import PartialDistributedOptimizer
+from horovod_recipes.keras._train_step import split_train_steps
+from horovod_recipes.keras._variables import broadcast_global_variables
+from horovod_recipes.keras._variables import broadcast_variables
+from horovod_recipes.keras.layers import SyncBatchNormalization
 
 __all__ = [
     "Average",

@@ -25,10 +25,10 @@ from horovod.tensorflow import rank
 from horovod.tensorflow import shutdown
 from horovod.tensorflow import size
 
-from horovod_recipes.keras.optimizer import discard_accumulated
-from horovod_recipes.keras.optimizer import is_within_update
-from horovod_recipes.keras.variables import broadcast_variables
-from horovod_recipes.keras.watchdog import is_lost_rank
+from horovod_recipes.keras._optimizer import discard_accumulated
+from horovod_recipes.keras._optimizer import is_within_update
+from horovod_recipes.keras._variables import broadcast_variables
+from horovod_recipes.keras._watchdog import is_lost_rank
 
 __all__ = [
     "CommitStateCallback",

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from horovod_recipes.benchmarks.peers import timm_lars
+from benchmarks.speed.peers import timm_lars
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
 from tests.keras_lars.reference import SHAPES

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from tests.corrupt_dataset import write_corrupt_copy
-from tests.jobs import MPIRUN
-from tests.jobs import TRAIN
-from tests.jobs import error_lines
-from tests.jobs import run
-from tests.jobs import run_until_sigterm
+from tests.jobs.launcher import MPIRUN
+from tests.jobs.launcher import TRAIN
+from tests.jobs.launcher import error_lines
+from tests.jobs.launcher import run
+from tests.jobs.launcher import run_until_sigterm
 
 TINY = (
     "--config=demo",

@@ -3,7 +3,7 @@
 import pytest
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.benchmarks.binding_trials import TRIALS
+from benchmarks.speed.binding_trials import TRIALS
 
 
 @pytest.mark.parametrize("name", TRIALS)

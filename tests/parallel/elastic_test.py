@@ -1,6 +1,6 @@
 """hvd.elastic on two ranks: commits, restores, callbacks, the sampler.
 
-Jobs whose ranks come and go are in tests/whole_jobs/elastic_test.py.
+Jobs whose ranks come and go are in tests/jobs/elastic_test.py.
 """
 
 import keras
@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.keras.watchdog import is_lost_rank
+from horovod_recipes.keras._watchdog import is_lost_rank
 from keras_lars import LARS
 
 EXAMPLES = 20

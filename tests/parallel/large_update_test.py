@@ -3,7 +3,7 @@
 import numpy as np
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.benchmarks import large_update
+from benchmarks.speed import large_update
 from horovod_recipes.plan import activation_bytes
 
 

@@ -10,7 +10,6 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.keras import watchdog
 from horovod_recipes.models import MODELS
 
 ARGUMENTS = {"momentum": 0.75, "epsilon": 0.01}
@@ -92,8 +91,8 @@ def test_watchdog_sees_both_allreduces(wrap):
     layer = hvd.SyncBatchNormalization()
     with hvd.callbacks.Watchdog():
         training_step(layer, inputs_of_ranks((2, 2))[hvd.rank()], wrap(layer))
-        assert watchdog._collectives.entered.numpy() == 2
-        assert watchdog._collectives.left.numpy() == 2
+        assert _watchdog._collectives.entered.numpy() == 2
+        assert _watchdog._collectives.left.numpy() == 2
 
 
 def test_differs_from_batch_norm_of_one_rank():
@@ -266,6 +265,7 @@ import sys
 sys.modules["horovod"] = None
 import keras
 import numpy as np
+from horovod_recipes.keras import _watchdog
 model = keras.saving.load_model("model.keras")
 logits = model.predict(np.load("images.npy"), verbose=0)
 np.testing.assert_allclose(logits, np.load("logits.npy"), rtol=1e-5, atol=1e-6)

@@ -14,16 +14,13 @@ import tensorflow as tf
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
 import horovod_recipes.keras as hvd
-from horovod_recipes import checkpoints
-from horovod_recipes import input_pipeline
 from horovod_recipes import train
-from horovod_recipes import training_callbacks
 from horovod_recipes.configs import demo
+from horovod_recipes.configs._check import job_size
+from horovod_recipes.data.sources import load_source
 from horovod_recipes.errors import JobError
-from horovod_recipes.job import job_size
 from horovod_recipes.models.small_cnn import small_cnn
-from horovod_recipes.sources import load_source
-from horovod_recipes.training_callbacks import StoppedBySigterm
+from horovod_recipes.training.callbacks import StoppedBySigterm
 from keras_lars import LARS
 from tests.corrupt_dataset import write_corrupt_copy
 

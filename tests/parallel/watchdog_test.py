@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.keras import watchdog
+from horovod_recipes.keras import _watchdog
 from horovod_recipes.keras.callbacks import Watchdog
 from keras_lars import LARS
 
@@ -34,8 +34,8 @@ def test_training_goes_on_under_the_watchdog():
         begin = time.monotonic()
         model.fit(x, y, batch_size=1, verbose=0, callbacks=[dog, wait])
         assert time.monotonic() - begin > 7
-        assert watchdog._collectives.entered.numpy() == 8
-        assert watchdog._collectives.left.numpy() == 8
+        assert _watchdog._collectives.entered.numpy() == 8
+        assert _watchdog._collectives.left.numpy() == 8
 
 
 def test_failure_of_a_rank_is_known_to_the_others():
@@ -46,7 +46,7 @@ def test_failure_of_a_rank_is_known_to_the_others():
             hvd.allgather_object(None)
             if hvd.rank() == 1:
                 raise OSError("disk on fire")
-            return watchdog.lost_rank()
+            return _watchdog.lost_rank()
 
     if hvd.rank() == 1:
         with pytest.raises(OSError, match="disk on fire"):
@@ -54,9 +54,9 @@ def test_failure_of_a_rank_is_known_to_the_others():
     else:
         told = "rank 1 on localhost failed: disk on fire"
         assert fail() == (told if hvd.gloo_enabled() else None)
-    assert watchdog.lost_rank() is None
+    assert _watchdog.lost_rank() is None
     with Watchdog():
         hvd.allgather_object(None)
-        assert watchdog.lost_rank() is None
+        assert _watchdog.lost_rank() is None
         # Neither ends before the other has looked.
         hvd.allgather_object(None)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.keras import _reduction
 from keras_lars import LARS
 
 
@@ -117,8 +118,6 @@ def test_xla_compiles_all_but_the_optimizer(monkeypatch):
     """The layers are traced inside of XLA, the reduction outside."""
     from tensorflow.python.ops import control_flow_util
 
-    from horovod_recipes.keras import reduction
-
     def in_xla():
         graph = tf.compat.v1.get_default_graph()
         return control_flow_util.GraphOrParentsInXlaContext(graph)
@@ -132,7 +131,7 @@ def test_xla_compiles_all_but_the_optimizer(monkeypatch):
             return inputs
 
     monkeypatch.setattr(
-        reduction,
+        _reduction,
         "check_outside_xla",
         lambda name: traced["reduction"].add(in_xla()),
     )

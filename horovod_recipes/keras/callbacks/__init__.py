@@ -5,24 +5,30 @@ that keep the ranks alike, make metrics exact, and see replicas that differ and
 ranks that hang.
 """
 
-from horovod_recipes.keras.callbacks.broadcast import AverageNonTrainableWeights
-from horovod_recipes.keras.callbacks.broadcast import (
+from horovod_recipes.keras._watchdog import SECONDS_TO_SAY_WHY
+from horovod_recipes.keras._watchdog import Watchdog
+from horovod_recipes.keras._watchdog import is_lost_rank
+from horovod_recipes.keras._watchdog import lost_rank
+from horovod_recipes.keras.callbacks._broadcast import (
+    AverageNonTrainableWeights,
+)
+from horovod_recipes.keras.callbacks._broadcast import (
     BroadcastGlobalVariablesCallback,
 )
-from horovod_recipes.keras.callbacks.checkpoint import BestModelCheckpoint
-from horovod_recipes.keras.callbacks.learning_rate import (
+from horovod_recipes.keras.callbacks._checkpoint import BestModelCheckpoint
+from horovod_recipes.keras.callbacks._learning_rate import (
     LearningRateScheduleCallback,
 )
-from horovod_recipes.keras.callbacks.learning_rate import (
+from horovod_recipes.keras.callbacks._learning_rate import (
     LearningRateWarmupCallback,
 )
-from horovod_recipes.keras.callbacks.metrics import ExactMetrics
-from horovod_recipes.keras.callbacks.metrics import MetricAverageCallback
-from horovod_recipes.keras.callbacks.replica_check import ReplicaCheck
-from horovod_recipes.keras.callbacks.replica_check import ReplicasDiffer
-from horovod_recipes.keras.watchdog import Watchdog
+from horovod_recipes.keras.callbacks._metrics import ExactMetrics
+from horovod_recipes.keras.callbacks._metrics import MetricAverageCallback
+from horovod_recipes.keras.callbacks._replica_check import ReplicaCheck
+from horovod_recipes.keras.callbacks._replica_check import ReplicasDiffer
 
 __all__ = [
+    "SECONDS_TO_SAY_WHY",
     "AverageNonTrainableWeights",
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
@@ -33,4 +39,6 @@ __all__ = [
     "ReplicaCheck",
     "ReplicasDiffer",
     "Watchdog",
+    "is_lost_rank",
+    "lost_rank",
 ]

@@ -1,0 +1,33 @@
+"""Import TensorFlow without its banner, for commands that people run."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+# TensorFlow prints these lines before its log can be configured.
+BANNER = (
+    "All log messages before absl::InitializeLog",
+    "oneDNN custom operations are on",
+)
+
+
+@contextlib.contextmanager
+def without_banner():
+    """Removes TensorFlow's banner from what the block writes to stderr.
+
+    Import TensorFlow in the block. A process of its own filters the lines, so
+    that a message also arrives when TensorFlow aborts this process.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    command = ["sed", "--unbuffered", *(f"--expression=/{b}/d" for b in BANNER)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr) as sed:
+        os.dup2(sed.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)

@@ -1,0 +1,140 @@
+"""Checks of a config, before anything starts."""
+
+from horovod_recipes.data.augmentations import AUGMENTATIONS
+from horovod_recipes.errors import JobError
+from horovod_recipes.models import MODELS
+
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+OPTIMIZERS = ("lars", "sgd")
+# The keys that are numbers of 1 or more.
+COUNTS = (
+    "dataset.num_classes",
+    "dataset.train_examples",
+    "dataset.test_examples",
+    "dataset.shuffle_buffer",
+    "global_batch_size",
+    "max_micro_batch_size",
+    "epochs",
+    "evaluate_every_epochs",
+    "checkpoint_every_epochs",
+    "keep_checkpoints",
+    "log_trust_ratios_every_steps",
+    "check_replicas_every_steps",
+    "hang_seconds",
+)
+KEYS = COUNTS + (
+    "model.name",
+    "dataset.name",
+    "dataset.data_dir",
+    "dataset.train_split",
+    "dataset.test_split",
+    "dataset.image_size",
+    "dataset.augmentation",
+    "dataset.corrupt_images",
+    "dataset.cache",
+    "dataset.service",
+    "dataset.threads",
+    "seed",
+    "precision",
+    "xla",
+    "deterministic",
+    "label_smoothing",
+    "optimizer_name",
+    "optimizer",
+    "schedule.peak_learning_rate",
+    "schedule.warmup_epochs",
+    "schedule.power",
+    "keep_best_checkpoints",
+    "target_top1",
+    "stop_at_target",
+    "expected_top1",
+)
+
+
+def check_config(config):
+    """Raises `JobError` where a key is missing or a value out of its range."""
+    for key in KEYS:
+        _value(config, key)
+    for key in COUNTS:
+        if _value(config, key) < 1:
+            raise JobError(
+                f"{key} must be 1 or more, but is {_value(config, key)}"
+            )
+    if not 0 <= config.schedule.warmup_epochs < config.epochs:
+        raise JobError(
+            "schedule.warmup_epochs must be 0 or more and below the "
+            f"{config.epochs} epochs, but is {config.schedule.warmup_epochs}"
+        )
+    if not 0 <= config.label_smoothing < 1:
+        raise JobError(
+            "label_smoothing must be 0 or more and below 1, but is "
+            f"{config.label_smoothing}"
+        )
+    for key, choices in (
+        ("model.name", MODELS),
+        ("dataset.augmentation", AUGMENTATIONS),
+        ("dataset.corrupt_images", ("stop", "skip")),
+        ("precision", PRECISIONS),
+        ("optimizer_name", OPTIMIZERS),
+    ):
+        if _value(config, key) not in choices:
+            raise JobError(
+                f"{key} must be one of {', '.join(choices)}, but is "
+                f"{_value(config, key)}"
+            )
+    if config.dataset.service and config.dataset.corrupt_images == "skip":
+        raise JobError(
+            "dataset.corrupt_images=skip counts what it skips in the rank's "
+            "own process, where a dataset.service does not decode; use stop"
+        )
+    if config.xla and config.model.get("batch_norm") == "synchronized":
+        raise JobError(
+            "xla cannot compile the allreduce of "
+            "model.batch_norm=synchronized; use micro_batch, or xla=False"
+        )
+    for key in ("dataset.image_size", "dataset.threads"):
+        if _value(config, key) is not None and _value(config, key) < 1:
+            raise JobError(
+                f"{key} must be 1 or more, or None, but is "
+                f"{_value(config, key)}"
+            )
+    if config.keep_best_checkpoints < 0:
+        raise JobError(
+            "keep_best_checkpoints must be 0 or more, but is "
+            f"{config.keep_best_checkpoints}"
+        )
+    if config.stop_at_target and config.target_top1 is None:
+        raise JobError("stop_at_target needs target_top1, in percent")
+    if config.target_top1 is not None and not 1 <= config.target_top1 <= 100:
+        raise JobError(
+            "target_top1 must be from 1 to 100, in percent, but is "
+            f"{config.target_top1}"
+        )
+
+
+def _value(config, key):
+    for part in key.split("."):
+        if part not in config:
+            raise JobError(
+                f"the config has no {key}; see configs/_defaults.py and "
+                "configs/demo.py"
+            )
+        config = config[part]
+    return config
+
+
+def check_source(config, source):
+    """Raises `JobError` where the data are not those of the config."""
+    dataset = config.dataset
+    for key, found in (
+        ("num_classes", source.num_classes),
+        ("train_examples", source.num_examples(dataset.train_split)),
+        ("test_examples", source.num_examples(dataset.test_split)),
+    ):
+        if dataset[key] != found:
+            raise JobError(
+                f"the config has dataset.{key}={dataset[key]}, but the "
+                f"dataset {dataset.name!r} on disk has {found}: was an archive "
+                "cut short when it was prepared? If that is what you want: "
+                f"--config.dataset.{key}={found}"
+            )

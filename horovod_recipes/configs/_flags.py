@@ -1,0 +1,75 @@
+"""The flag --config=NAME[:VARIANT] of a job, and changes to its keys."""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
+from horovod_recipes.errors import root_cause
+
+CONFIGS = pathlib.Path(__file__).parent
+CONFIG_CHOICES = "give the path of a file, or one of " + ", ".join(
+    sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
+)
+
+
+def define_config(flag_values):
+    """Defines --config in `flag_values`."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        f"What to train: {CONFIG_CHOICES}. Any key of it can be changed: "
+        "--config.epochs=10, --config.schedule.power=1.0 and so on.",
+        flag_values=flag_values,
+    )
+
+
+def parse(flag_values, argv):
+    """Parses a command line into `flag_values`; returns the config's name.
+
+    Raises:
+        JobError: If a flag or a key of the config is unknown or unfit.
+    """
+    argv = list(argv)
+    if "--config" in argv[:-1]:
+        index = argv.index("--config")
+        argv[index : index + 2] = [f"--config={argv[index + 1]}"]
+    names = [a.removeprefix("--config=") for a in argv if "--config=" in a]
+    if not names:
+        raise JobError(f"--config is missing: {CONFIG_CHOICES}")
+    # The config comes before the changes to it, which ml_collections looks for
+    # in `sys.argv`.
+    argv.remove(f"--config={names[-1]}")
+    argv.insert(1, config_flag(names[-1]))
+    sys.argv = argv
+    try:
+        rest = flag_values(argv)[1:]
+    except AttributeError as error:
+        # ml_collections wraps a KeyError, whose own text would be a repr.
+        cause = error.args[0]
+        text = cause.args[0] if isinstance(cause, KeyError) else cause
+        raise JobError(f"unknown key of the config: {one_line(text)}") from None
+    except flags.Error as error:
+        raise JobError(root_cause(error)) from None
+    except JobError as error:
+        raise JobError(f"--config={names[-1]}: {error}") from None
+    except Exception as error:  # Whatever a config file may raise.
+        raise JobError(
+            f"cannot load --config={names[-1]}: {type(error).__name__}: "
+            f"{root_cause(error)}"
+        ) from None
+    if rest:
+        raise JobError(f"unknown argument {rest[0]!r}")
+    return names[-1]
+
+
+def config_flag(name):
+    """Returns `--config=` with the path of the config, packaged or not."""
+    stem, colon, variant = name.partition(":")
+    for path in (CONFIGS / f"{stem}.py", pathlib.Path(stem)):
+        if path.is_file():
+            return f"--config={path}{colon}{variant}"
+    raise JobError(f"unknown config {stem!r}: {CONFIG_CHOICES}")

@@ -1,0 +1,237 @@
+"""Where images come from: a TFDS dataset, or a folder of class folders.
+
+A source gives the records of a rank's shard, and makes batches of them encoded
+images with their labels and names.
+"""
+
+import pathlib
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+import horovod_recipes.data.datasets  # noqa: F401  registers the builders
+from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
+
+# Files read by turns, so that neighbours in a file are apart in the stream.
+FILES_AT_ONCE = 16
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def load_source(name, data_dir):
+    """Returns the source of a dataset that is on disk.
+
+    Args:
+        name: String, a TFDS name such as `"mnist5k"`; or `"folder"`, for images
+            in `data_dir/SPLIT/CLASS/`.
+        data_dir: String, TFDS's data folder, or None for its default; for
+            `"folder"`, the folder of the splits.
+
+    Raises:
+        JobError: If the dataset is unknown, not on disk, or not one of images
+            with a class each.
+    """
+    if name == "folder":
+        return FolderSource(data_dir)
+    return TfdsSource(load_builder(name, data_dir))
+
+
+def load_builder(name, data_dir):
+    """Returns the TFDS builder of a dataset that is on disk."""
+    flag = f" --data_dir={data_dir}" if data_dir else ""
+    builder = find_builder(name, data_dir)
+    if not builder.is_prepared():
+        raise JobError(
+            f"the dataset {name!r} is not in {builder.data_path}; get it with: "
+            f"python -m horovod_recipes.data {name}{flag} (or set "
+            "TFDS_DATA_DIR to where it is)"
+        )
+    return builder
+
+
+def find_builder(name, data_dir):
+    """Returns the TFDS builder of a dataset, on disk or not."""
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise JobError(
+            f"unknown dataset {name!r}: it is neither a TFDS dataset nor one "
+            f"of horovod_recipes.data.datasets ({one_line(error)})"
+        ) from None
+
+
+class TfdsSource:
+    """A TFDS image-classification dataset.
+
+    Args:
+        builder: From `load_builder`.
+    """
+
+    def __init__(self, builder):
+        self._builder = builder
+        self.name = builder.name
+        features = builder.info.features
+        self._image, self._label = builder.info.supervised_keys or (None, None)
+        if (
+            self._image not in features
+            or not isinstance(features[self._image], tfds.features.Image)
+            or not isinstance(features[self._label], tfds.features.ClassLabel)
+        ):
+            raise JobError(
+                f"the dataset {self.name!r} is not one of images with a class "
+                "each"
+            )
+        self.num_classes = features[self._label].num_classes
+
+    def num_examples(self, split):
+        """Returns the number of examples; raises `JobError` if it is 0."""
+        splits = self._builder.info.splits
+        if split not in splits or not splits[split].num_examples:
+            raise JobError(
+                f"the dataset {self.name!r} in {self._builder.data_path} has "
+                f"no split {split!r}, only {', '.join(splits) or 'none'}; was "
+                "an archive missing when it was prepared?"
+            )
+        return splits[split].num_examples
+
+    def image_shape(self, image_size):
+        """Returns the shape that the model sees."""
+        shape = self._builder.info.features[self._image].shape
+        return _sized(shape, image_size, self.name)
+
+    def records(self, split, rank, ranks, order=None):
+        """Returns what is on disk of a rank's shard, to be shuffled and parsed.
+
+        Args:
+            split: String.
+            rank: Integer, this rank.
+            ranks: Integer, the number of ranks: their shards are disjoint, and
+                together the split.
+            order: Scalar integer tensor, the seed of the order of the files;
+                None for the order on disk.
+
+        Returns:
+            A `tf.data.Dataset` of tuples, an example each, for `parse`.
+        """
+        shard = self._builder.info.splits[tfds.even_splits(split, ranks)[rank]]
+        files = shard.file_instructions
+        # A shard may begin and end within a file.
+        parts = tf.data.Dataset.from_tensor_slices(
+            (
+                [file.filename for file in files],
+                tf.constant([file.skip for file in files], tf.int64),
+                tf.constant([file.take for file in files], tf.int64),
+            )
+        )
+        if order is not None:
+            parts = parts.shuffle(len(files), seed=order)
+        return parts.interleave(
+            _read_part,
+            cycle_length=FILES_AT_ONCE,
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def parse(self, record, path, place):
+        """Makes a batch of examples of a batch of records.
+
+        Returns:
+            A dict: `image`, JPEGs or PNGs as strings, `label`, int64, and
+            `name`, the file and the place in it; each `[batch]`.
+        """
+        example = tf.io.parse_example(
+            record,
+            {
+                self._image: tf.io.FixedLenFeature([], tf.string),
+                self._label: tf.io.FixedLenFeature([], tf.int64),
+            },
+        )
+        file = tf.strings.regex_replace(path, ".*/", "")
+        return {
+            "image": example[self._image],
+            "label": example[self._label],
+            "name": tf.strings.join([file, "__", tf.strings.as_string(place)]),
+        }
+
+
+def _read_part(path, skip, take):
+    """Returns the records of a part of a file, with its path and their places.
+
+    Without a function an element, which would take longer than the reading.
+    """
+    return tf.data.Dataset.zip(
+        tf.data.TFRecordDataset(path).skip(skip).take(take),
+        tf.data.Dataset.from_tensors(path).repeat(),
+        tf.data.Dataset.range(skip, tf.int64.max),
+    )
+
+
+class FolderSource:
+    """Images in `folder/SPLIT/CLASS/NAME.jpg`, classes in the order of names.
+
+    Args:
+        folder: String. The classes are the class folders of all its splits.
+    """
+
+    name = "folder"
+
+    def __init__(self, folder):
+        self._folder = pathlib.Path(folder or "")
+        if not folder or not self._folder.is_dir():
+            raise JobError(
+                f"dataset.data_dir must be a folder of images, SPLIT/CLASS/"
+                f"NAME.jpg, but {folder!r} is no folder"
+            )
+        self._classes = sorted(
+            {path.name for path in self._folder.glob("*/*") if path.is_dir()}
+        )
+        self.num_classes = len(self._classes)
+
+    def num_examples(self, split):
+        """Returns the number of images; raises `JobError` if it is 0."""
+        count = len(self._paths(split))
+        if not count:
+            raise JobError(
+                f"no images ({', '.join(IMAGE_SUFFIXES)}) in "
+                f"{self._folder / split}/CLASS/"
+            )
+        return count
+
+    def image_shape(self, image_size):
+        """Returns the shape that the model sees."""
+        return _sized((None, None, 3), image_size, self.name)
+
+    def records(self, split, rank, ranks, order=None):
+        """Returns the files of a rank's shard, read, as `TfdsSource`."""
+        paths = self._paths(split)[rank::ranks]
+        labels = [self._classes.index(path.parent.name) for path in paths]
+        files = tf.data.Dataset.from_tensor_slices(
+            ([str(path) for path in paths], tf.constant(labels, tf.int64))
+        )
+        if order is not None:
+            files = files.shuffle(len(paths), seed=order)
+        return files.map(
+            lambda path, label: (tf.io.read_file(path), label, path),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def parse(self, image, label, name):
+        """Names the parts of a batch of records, as `TfdsSource`."""
+        return {"image": image, "label": label, "name": name}
+
+    def _paths(self, split):
+        return sorted(
+            path
+            for path in (self._folder / split).glob("*/*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        )
+
+
+def _sized(shape, image_size, name):
+    *size, channels = shape
+    if image_size:
+        size = [image_size, image_size]
+    if None in size:
+        raise JobError(
+            f"the images of {name!r} differ in size; set dataset.image_size"
+        )
+    return (*size, channels)

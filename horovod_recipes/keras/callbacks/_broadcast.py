@@ -1,0 +1,104 @@
+"""Callbacks that give all ranks the same weights."""
+
+import keras
+import tensorflow as tf
+
+from horovod_recipes.keras._optimizer import is_distributed
+from horovod_recipes.keras._variables import average_variables
+from horovod_recipes.keras._variables import broadcast_variables
+
+
+class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
+    """Gives all ranks one rank's weights and optimizer state before step 1.
+
+    The states of random generators stay each rank's own, so that dropout
+    masks differ between ranks. The training step is traced anew, so that one
+    from before the optimizer was distributed is not used again.
+
+    A model that gets its weights in step 1, for want of an input shape, gets
+    those of `root_rank` after it.
+
+    Args:
+        root_rank: Integer, the rank to copy from.
+        device: String, the TensorFlow device that broadcasts. Defaults to
+            `""`, TensorFlow's choice.
+        local_variables: A variable or a list of variables of the model or the
+            optimizer that each rank keeps its own values of. Defaults to none.
+
+    Raises:
+        ValueError: If `local_variables` holds anything else; when training
+            begins, if the model's optimizer does not come from
+            `DistributedOptimizer`: the ranks would drift apart.
+    """
+
+    def __init__(self, root_rank, device="", local_variables=None):
+        super().__init__()
+        self.root_rank = root_rank
+        self.device = device
+        self._local_variables = []
+        if _is_variable(local_variables):
+            local_variables = [local_variables]
+        for variable in local_variables or []:
+            self.register_local_var(variable)
+
+    def register_local_var(self, var):
+        """Leaves each rank its own value of a variable."""
+        if not _is_variable(var):
+            raise ValueError(
+                "Argument `local_variables` must hold keras.Variable or "
+                f"tf.Variable. Received: {var!r}"
+            )
+        self._local_variables.append(var)
+
+    def on_train_begin(self, logs=None):
+        optimizer = self.model.optimizer
+        if not is_distributed(optimizer):
+            raise ValueError(
+                f"The model was compiled with {type(optimizer).__name__}, "
+                "which would not average gradients over the ranks. Use "
+                "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras."
+            )
+        self.model.make_train_function(force=True)
+        self._pending = not self.model.built
+        if self.model.built:
+            if not optimizer.built:
+                optimizer.build(self.model.trainable_variables)
+            self._broadcast()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._pending:
+            self._broadcast()
+            self._pending = False
+
+    def _broadcast(self):
+        # `weights` leaves out what `variables` has: metrics and seeds.
+        variables = [
+            variable
+            for variable in self.model.weights + self.model.optimizer.variables
+            if not any(
+                local is variable or local is variable.value
+                for local in self._local_variables
+            )
+        ]
+        with tf.device(self.device):
+            broadcast_variables(variables, self.root_rank)
+
+
+class AverageNonTrainableWeights(keras.callbacks.Callback):
+    """Averages batch-norm statistics over the ranks for evaluation and saving.
+
+    Each rank's moving means and variances come from its own micro-batches.
+    Before an evaluation, and when an epoch ends, every rank gets their mean.
+    Weights that are equal on all ranks, such as those of frozen layers, do
+    not change. List it before the callbacks that save the model.
+    """
+
+    def on_test_begin(self, logs=None):
+        average_variables(self.model.non_trainable_weights)
+
+    def on_epoch_end(self, epoch, logs=None):
+        average_variables(self.model.non_trainable_weights)
+
+
+def _is_variable(value):
+    return isinstance(value, (keras.Variable, tf.Variable))

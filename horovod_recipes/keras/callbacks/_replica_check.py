@@ -1,0 +1,203 @@
+"""A callback that sees when the ranks' replicas of a model differ."""
+
+import collections
+import hashlib
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+
+from horovod_recipes.keras._optimizer import is_local
+
+MAX_VARIABLES_NAMED = 3
+MAX_RANKS_NAMED = 8
+
+
+class ReplicasDiffer(RuntimeError):
+    """The ranks hold different values of what should be the same."""
+
+
+class ReplicaCheck(keras.callbacks.Callback):
+    """Ends training on every rank when the ranks' replicas differ.
+
+    Compares checksums over all bits of the trainable weights and the
+    optimizer's variables: any change of one number is seen, so are numbers
+    that are swapped, and NaN is equal to the same NaN. It takes one pass over
+    them and one allgather of 8 bytes from each rank, of all ranks. Left out are
+    the states of random generators, and variables that were given to the
+    optimizer's `register_local_var`, with what the optimizer keeps for them.
+
+    Args:
+        every_n_steps: Integer >= 1, how often to compare, in calls of the
+            training step, which are batches unless the model was compiled with
+            `steps_per_execution`; it also does when training ends. Defaults
+            to `100`.
+        non_trainable_weights: Whether to compare these too. Moving statistics
+            of batch norm differ between ranks unless
+            `SyncBatchNormalization` makes them equal. Defaults to `False`.
+
+    Raises:
+        ValueError: If `every_n_steps` is out of its range.
+        ReplicasDiffer: On every rank, with the first variables that differ,
+            and on which ranks.
+    """
+
+    def __init__(self, every_n_steps=100, non_trainable_weights=False):
+        super().__init__()
+        if (
+            isinstance(every_n_steps, bool)
+            or not isinstance(every_n_steps, int)
+            or every_n_steps < 1
+        ):
+            raise ValueError(
+                "Argument `every_n_steps` must be an integer 1 or more. "
+                f"Received: every_n_steps={every_n_steps!r}"
+            )
+        self._every_n_steps = every_n_steps
+        self._non_trainable_weights = non_trainable_weights
+
+    def on_train_begin(self, logs=None):
+        # Not the optimizer's `iterations`, which may be what differs: all
+        # ranks have to check after the same step.
+        self._steps = 0
+        self._checksums = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._steps += 1
+        if self._steps % self._every_n_steps == 0:
+            self._check()
+
+    def on_train_end(self, logs=None):
+        if self._steps % self._every_n_steps:
+            self._check()
+
+    def _check(self):
+        if self._checksums is None:
+            # Not before: until the first step the optimizer may not be built.
+            self._variables = self._replicated_variables()
+            self._checksums = checksum_function(self._variables)
+        checksums = self._checksums().numpy()
+        digest = hashlib.sha256(checksums.tobytes()).digest()[:8]
+        digests = hvd.allgather(
+            tf.constant(np.frombuffer(digest, "int64")), name="replica_check"
+        )
+        if len(set(digests.numpy())) == 1:
+            return
+        paths = [variable.path for variable in self._variables]
+        update = int(self.model.optimizer.iterations)
+        of_ranks = hvd.allgather_object((update, paths, checksums.tolist()))
+        update, paths, _ = of_ranks[0]
+        difference = describe_difference(
+            paths, [checksums for _, _, checksums in of_ranks]
+        )
+        raise ReplicasDiffer(
+            f"The replicas differ after update {update}: {difference}. Usual "
+            "causes: training began without BroadcastGlobalVariablesCallback; "
+            "something other than the optimizer changed a variable on some "
+            "ranks; faulty memory."
+        )
+
+    def _replicated_variables(self):
+        optimizer = self.model.optimizer
+        trainable = self.model.trainable_variables
+        variables = [v for v in trainable if not is_local(optimizer, v)]
+        if self._non_trainable_weights:
+            variables += self.model.non_trainable_weights
+        for state in optimizer.variables:
+            owner = _owner(state, trainable)
+            if owner is None or not is_local(optimizer, owner):
+                variables.append(state)
+        return variables
+
+
+def _owner(state, variables):
+    """Returns the variable that an optimizer's state is of, or None.
+
+    Keras names such states by the path of the variable and a word, as
+    `net_dense_kernel_momentum`; one path may be the beginning of another.
+    """
+    owners = [
+        variable
+        for variable in variables
+        if state.name.startswith(variable.path.replace("/", "_") + "_")
+    ]
+    return max(owners, key=lambda owner: len(owner.path), default=None)
+
+
+def checksum_function(variables):
+    """Returns a compiled function of no arguments that returns checksums.
+
+    It returns a uint64 for each variable. They are sums of integers, so that
+    they do not depend on the processor or the order of summation.
+    """
+    # Of its own for each shape and type, and so compiled once for each.
+    compiled = tf.function(_checksum, jit_compile=True, autograph=False)
+
+    @tf.function(autograph=False)
+    def checksums():
+        return tf.stack([compiled(v.value.read_value()) for v in variables])
+
+    return checksums
+
+
+def _checksum(tensor):
+    """Returns the sum of a hash of each number's bits and its position.
+
+    The hash is the finalizer of SplitMix64, which maps no two numbers at one
+    position to the same; a plain sum would miss numbers that are swapped.
+    """
+    bits = tf.reshape(_bits(tensor), [-1])
+    position = tf.cast(tf.range(tf.size(bits, tf.int64)), tf.uint64)
+    hashed = bits + (position + 1) * _uint64(0x9E3779B97F4A7C15)
+    hashed = _xor_shifted(hashed, 30) * _uint64(0xBF58476D1CE4E5B9)
+    hashed = _xor_shifted(hashed, 27) * _uint64(0x94D049BB133111EB)
+    return tf.reduce_sum(_xor_shifted(hashed, 31))
+
+
+def _bits(tensor):
+    if tensor.dtype == tf.bool:
+        return tf.cast(tensor, tf.uint64)
+    unsigned = {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}
+    bits = tf.bitcast(tensor, unsigned[tensor.dtype.size])
+    return tf.cast(bits, tf.uint64)
+
+
+def _xor_shifted(value, places):
+    shifted = tf.bitwise.right_shift(value, _uint64(places))
+    return tf.bitwise.bitwise_xor(value, shifted)
+
+
+def _uint64(value):
+    return tf.constant(value, tf.uint64)
+
+
+def describe_difference(paths, checksums_of_ranks):
+    """Returns which variables differ, and the ranks with the rarer values.
+
+    Args:
+        paths: List of strings, the variables' names on rank 0.
+        checksums_of_ranks: For each rank, a list with one for each variable.
+    """
+    numbers = [len(checksums) for checksums in checksums_of_ranks]
+    if len(set(numbers)) > 1:
+        return f"the ranks have different numbers of variables: {numbers}"
+    named = []
+    by_variable = zip(*checksums_of_ranks, strict=True)
+    for path, checksums in zip(paths, by_variable, strict=True):
+        if len(set(checksums)) > 1:
+            named.append(f"{path} ({_odd_ranks(checksums)})")
+    text = f"{len(named)} of {len(paths)} variables, "
+    text += ", ".join(named[:MAX_VARIABLES_NAMED])
+    return text + (", ..." if len(named) > MAX_VARIABLES_NAMED else "")
+
+
+def _odd_ranks(checksums):
+    # Of equally frequent ones the first, which is that of the lowest rank.
+    ((usual, _),) = collections.Counter(checksums).most_common(1)
+    odd = [str(rank) for rank, c in enumerate(checksums) if c != usual]
+    named = ", ".join(odd[:MAX_RANKS_NAMED])
+    if len(odd) > MAX_RANKS_NAMED:
+        named += f" and {len(odd) - MAX_RANKS_NAMED} more"
+    plural = "s" if len(odd) > 1 else ""
+    return f"rank{plural} {named}, unlike rank {checksums.index(usual)}"

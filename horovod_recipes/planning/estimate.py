@@ -1,0 +1,208 @@
+"""Estimates of a job: its size, memory, time, and other numbers of ranks."""
+
+import functools
+import math
+
+import keras
+import numpy as np
+from keras import layers
+
+from horovod_recipes.configs._check import check_config
+from horovod_recipes.data.sources import TfdsSource
+from horovod_recipes.data.sources import find_builder
+from horovod_recipes.errors import JobError
+from horovod_recipes.models.flops import training_flops
+from horovod_recipes.planning.hardware import allreduce_seconds
+from horovod_recipes.planning.hardware import find_hardware
+from horovod_recipes.training.build import create_network
+from horovod_recipes.training.build import create_schedule
+from horovod_recipes.training.job_size import job_size
+
+TABLE_RANKS = [2**power for power in range(3, 13)]
+# Passes over the parameters of an update of LARS under XLA, as counted in
+# docs/optimizer_step.md.
+UPDATE_PASSES = 9
+# Batch norm's statistics are of a micro-batch; Goyal et al., arXiv 1706.02677,
+# section 5.1, take 32 images throughout.
+SMALLEST_MICRO_BATCH = 32
+# What they pass back does not depend on what came in ...
+GRADIENT_WITHOUT_INPUT = (
+    layers.Activation,
+    layers.Add,
+    layers.Flatten,
+    layers.GlobalAveragePooling2D,
+    layers.InputLayer,
+    layers.ReLU,
+    layers.Rescaling,
+    layers.ZeroPadding2D,
+)
+# ... but that of these on what went out.
+GRADIENT_WITH_OUTPUT = (layers.Activation, layers.ReLU)
+
+
+def make_plan(config, ranks, hardware_name):
+    """Returns all that is known of a job before it runs.
+
+    Args:
+        config: A `ConfigDict`, as those in `horovod_recipes.configs`.
+        ranks: Integer, one device each.
+        hardware_name: String, a key of `horovod_recipes.planning.hardware.HARDWARE`.
+
+    Returns:
+        A dict of dicts and lists that JSON can hold; times in seconds, memory
+        in bytes.
+
+    Raises:
+        JobError: If the config, the number of ranks or the hardware do not
+            serve.
+    """
+    check_config(config)
+    hardware = find_hardware(hardware_name, config.precision)
+    peak, achieved = hardware.flops[config.precision]
+    job = job_size(config, ranks)
+    model = create_network(config, image_shape(config.dataset))
+    image_flops = training_flops(model)
+    message_bytes = 4 * trainable_parameters(model)
+    seconds = functools.partial(
+        step_seconds, hardware, achieved, image_flops, message_bytes
+    )
+    return {
+        "hardware": {
+            "name": hardware_name,
+            "description": hardware.description,
+            "precision": config.precision,
+            "peak_flops": peak,
+            "achieved_fraction": achieved / peak,
+            "speed_source": hardware.speed_source,
+            "memory": hardware.memory,
+        },
+        "job": {
+            "ranks": job.ranks,
+            "micro_batch_size": job.micro_batch_size,
+            "accumulation_steps": job.accumulation_steps,
+            "global_batch_size": job.global_batch_size,
+            "epochs": job.epochs,
+            "steps_per_epoch": job.steps_per_epoch,
+            "steps": job.steps,
+        },
+        "schedule": schedule_points(config, job),
+        "memory": memory_per_device(model, config.precision, job),
+        "training_flops_per_image": image_flops,
+        "allreduce_bytes": message_bytes,
+        "step": seconds(job),
+        "scaling": [scaling_row(config, n, seconds) for n in TABLE_RANKS],
+    }
+
+
+def image_shape(dataset):
+    """Returns the shape that the model sees; the dataset need not be there."""
+    if dataset.name == "folder":
+        if not dataset.image_size:
+            raise JobError(
+                "the images of a folder may differ in size; set "
+                "--config.dataset.image_size"
+            )
+        return dataset.image_size, dataset.image_size, 3
+    builder = find_builder(dataset.name, dataset.data_dir)
+    return TfdsSource(builder).image_shape(dataset.image_size)
+
+
+def trainable_parameters(model):
+    return sum(math.prod(v.shape) for v in model.trainable_variables)
+
+
+def memory_per_device(model, precision, job):
+    """Returns what a device holds at the end of a forward pass, in bytes."""
+    parameters = trainable_parameters(model)
+    memory = {
+        "weights": 4 * model.count_params(),
+        "weights in half precision": 2 * parameters * (precision != "float32"),
+        "gradients": 4 * parameters,
+        "accumulated gradients": 4 * parameters * (job.accumulation_steps > 1),
+        "momentum": 4 * parameters,
+        "Horovod's copy of the gradients": 4 * parameters * (job.ranks > 1),
+        "activations": job.micro_batch_size * activation_bytes(model),
+    }
+    return {name: size for name, size in memory.items() if size}
+
+
+def activation_bytes(model):
+    """Returns what the forward pass keeps of an image for the backward pass.
+
+    That is each tensor that a gradient reads: the input of most layers, the
+    output of some. Batch norm reads its input in float32 in any precision.
+    """
+    kept = {}
+    for layer in model.layers:
+        tensors = []
+        if not isinstance(layer, GRADIENT_WITHOUT_INPUT):
+            tensors += keras.tree.flatten(layer.input)
+        if isinstance(layer, GRADIENT_WITH_OUTPUT):
+            tensors += keras.tree.flatten(layer.output)
+        for tensor in tensors:
+            item_bytes = 2 if "float16" in tensor.dtype else 4
+            if isinstance(layer, layers.BatchNormalization):
+                item_bytes = 4
+            size = item_bytes * math.prod(tensor.shape[1:])
+            kept[id(tensor)] = max(size, kept.get(id(tensor), 0))
+    return sum(kept.values())
+
+
+def step_seconds(hardware, achieved, image_flops, message_bytes, job):
+    """Returns the time of an update and of its parts, one after the other.
+
+    Args:
+        hardware: A `Hardware`.
+        achieved: Float, FLOP/s of a device.
+        image_flops: Integer, FLOPs of an image.
+        message_bytes: Integer, of the gradients.
+        job: A `JobSize`.
+    """
+    images = job.micro_batch_size * job.accumulation_steps
+    parts = {
+        "forward_and_backward": images * image_flops / achieved,
+        "allreduce": allreduce_seconds(hardware, job.ranks, message_bytes),
+        "update": UPDATE_PASSES * message_bytes / hardware.memory_bandwidth,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def scaling_row(config, ranks, seconds):
+    """Returns speed, efficiency and time to train of a number of ranks.
+
+    Args:
+        config: A `ConfigDict`.
+        ranks: Integer.
+        seconds: Function that returns the `step_seconds` of a `JobSize`.
+
+    Returns:
+        A dict; where the job does not work out, of `ranks` and `note` alone.
+    """
+    try:
+        job = job_size(config, ranks)
+    except JobError as error:
+        return {"ranks": ranks, "note": str(error)}
+    step = seconds(job)
+    small = job.micro_batch_size < SMALLEST_MICRO_BATCH
+    return {
+        "ranks": ranks,
+        "micro_batch_size": job.micro_batch_size,
+        "accumulation_steps": job.accumulation_steps,
+        "step": step,
+        "images_per_second": job.global_batch_size / step["total"],
+        # Beside as many devices that need not wait for each other.
+        "efficiency": 1 - step["allreduce"] / step["total"],
+        "training_seconds": job.steps * step["total"],
+        "note": f"micro-batch below {SMALLEST_MICRO_BATCH}" if small else "",
+    }
+
+
+def schedule_points(config, job):
+    """Returns the highest learning rate, and what a picture needs of all."""
+    rates = np.asarray(create_schedule(config, job)(np.arange(job.steps)))
+    steps = np.unique(np.linspace(0, job.steps - 1, 500).astype(int))
+    return {
+        "highest": float(rates.max()),
+        "steps": steps.tolist(),
+        "learning_rates": rates[steps].tolist(),
+    }

@@ -1,0 +1,129 @@
+"""A plan as a page of text, and as files."""
+
+import json
+import textwrap
+
+import matplotlib.figure
+import numpy as np
+
+from horovod_recipes.planning.estimate import SMALLEST_MICRO_BATCH
+
+
+def as_text(plan, name):
+    """Returns a plan as a page for a person.
+
+    Args:
+        plan: From `make_plan`.
+        name: String, the config's.
+    """
+    job, hardware = plan["job"], plan["hardware"]
+    speed = (
+        f"{hardware['description']}; {hardware['achieved_fraction']:.0%} of "
+        f"{hardware['peak_flops'] / 1e12:.4g} TFLOP/s, as in "
+        f"{hardware['speed_source']}"
+    )
+    rates = plan["schedule"]["learning_rates"]
+    return "\n".join(
+        [
+            f"{name} on {job['ranks']} ranks of {hardware['name']} in "
+            f"{hardware['precision']}",
+            *(f"  {line}" for line in textwrap.wrap(speed, 76)),
+            "",
+            f"global batch   {job['global_batch_size']} = {job['ranks']} ranks "
+            f"x {job['micro_batch_size']} micro-batch x "
+            f"{job['accumulation_steps']} accumulation",
+            f"steps          {job['steps']} = {job['epochs']} epochs x "
+            f"{job['steps_per_epoch']}",
+            f"learning rate  {bars(rates)}",
+            f"               highest {plan['schedule']['highest']:.4g}, last "
+            f"{rates[-1]:.3g}",
+            "",
+            *memory_lines(plan["memory"], hardware["memory"]),
+            "",
+            *step_lines(plan),
+            "",
+            *scaling_lines(plan["scaling"]),
+        ]
+    )
+
+
+def memory_lines(memory, available):
+    total = sum(memory.values())
+    return [
+        "memory of a device, GB",
+        *(f"  {size / 1e9:8.3f}  {part}" for part, size in memory.items()),
+        f"  {total / 1e9:8.3f}  of {available / 1e9:g}, and temporaries"
+        + (": DOES NOT FIT" if total > available else ""),
+    ]
+
+
+def step_lines(plan):
+    job, step = plan["job"], plan["step"]
+    images = job["micro_batch_size"] * job["accumulation_steps"]
+    speed = job["global_batch_size"] / step["total"]
+    return [
+        "step, ms",
+        f"  {1e3 * step['forward_and_backward']:8.2f}  forward and backward of "
+        f"{images} images, {plan['training_flops_per_image'] / 1e9:.1f} GFLOP "
+        "each",
+        f"  {1e3 * step['allreduce']:8.2f}  allreduce of "
+        f"{plan['allreduce_bytes'] / 1e6:.1f} MB, after the last backward pass",
+        f"  {1e3 * step['update']:8.2f}  update",
+        f"  {1e3 * step['total']:8.2f}  in all: {speed:,.0f} images/s, "
+        f"{speed / job['ranks']:,.0f} a rank; "
+        f"{duration(job['steps'] * step['total'])} to train",
+    ]
+
+
+def scaling_lines(rows):
+    lines = [
+        "ranks  micro-batch  accum.  allreduce ms   step ms    images/s  "
+        "efficiency  to train"
+    ]
+    for row in rows:
+        if "step" not in row:
+            lines.append(f"{row['ranks']:5}  {row['note']}")
+            continue
+        lines.append(
+            f"{row['ranks']:5}  {row['micro_batch_size']:11}"
+            f"{'*' if row['note'] else ' '} "
+            f"{row['accumulation_steps']:6}  "
+            f"{1e3 * row['step']['allreduce']:12.2f}  "
+            f"{1e3 * row['step']['total']:8.1f}  "
+            f"{row['images_per_second']:10,.0f}  {row['efficiency']:10.1%}  "
+            f"{duration(row['training_seconds'])}"
+        )
+    if any("*" in line for line in lines):
+        lines.append(
+            f"* below {SMALLEST_MICRO_BATCH} images: few for batch norm, and "
+            "for the device to be as fast"
+        )
+    return lines
+
+
+def bars(values, width=60):
+    """Returns values from 0 up as a line of bars."""
+    indices = np.linspace(0, len(values) - 1, width).round().astype(int)
+    heights = np.array(values)[indices] / max(values)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * height)] for height in heights)
+
+
+def duration(seconds):
+    """Returns a time as hours and minutes, or as minutes and seconds."""
+    if seconds >= 3600:
+        minutes = round(seconds / 60)
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{round(seconds) // 60} min {round(seconds) % 60:02} s"
+
+
+def write_plan(plan, folder):
+    """Writes plan.json and the picture of the schedule, schedule.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    figure = matplotlib.figure.Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(plan["schedule"]["steps"], plan["schedule"]["learning_rates"])
+    axes.set_xlabel("step (update)")
+    axes.set_ylabel("learning rate")
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / "schedule.png", dpi=120)

@@ -1,0 +1,73 @@
+"""Failures of one rank that become the same error on every rank."""
+
+import contextlib
+import re
+
+import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
+
+import horovod_recipes.keras as hvd
+from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
+from horovod_recipes.errors import root_cause
+
+# Errors that a rank can see when another rank has ended.
+SHUTDOWN_ERRORS = (tf.errors.OpError, HorovodInternalError)
+
+
+@contextlib.contextmanager
+def raised_on_every_rank():
+    """Turns a failure of the block on any rank into a `JobError` on every rank.
+
+    The block must not hold collectives: a rank that fails skips the rest.
+    """
+    failure = None
+    try:
+        yield
+    except JobError as error:
+        failure = str(error)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {one_line(error)}"
+    try:
+        failures = hvd.allgather_object(failure)
+    except SHUTDOWN_ERRORS as error:
+        raise another_rank_stopped() from error
+    for failed_rank, failure in enumerate(failures):
+        if failure is None:
+            continue
+        if all(other == failure for other in failures):
+            raise JobError(failure)
+        raise JobError(f"on rank {failed_rank}: {failure}")
+
+
+@contextlib.contextmanager
+def explained():
+    """Turns what can end training into a `JobError` that says why."""
+    try:
+        yield
+    except hvd.callbacks.ReplicasDiffer as error:
+        raise JobError(str(error)) from error
+    except (*SHUTDOWN_ERRORS, OSError) as error:
+        raise _stop_reason(error) from error
+
+
+def _stop_reason(error):
+    corrupt = re.search(r"corrupt image: ([^\]\n]+)", str(error))
+    if corrupt:
+        return JobError(
+            f"rank {hvd.rank()} found a corrupt image: {corrupt[1]}; replace "
+            "it, or train without it: --config.dataset.corrupt_images=skip"
+        )
+    if hvd.callbacks.is_lost_rank(error):
+        return another_rank_stopped()
+    return JobError(
+        f"rank {hvd.rank()} failed: {type(error).__name__}: {root_cause(error)}"
+    )
+
+
+def another_rank_stopped():
+    """Returns the error of a rank that stops because another one did."""
+    cause = hvd.callbacks.lost_rank() or (
+        "another rank stopped; see what that rank printed"
+    )
+    return JobError(f"rank {hvd.rank()} stopped: {cause}")

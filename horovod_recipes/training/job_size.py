@@ -1,0 +1,89 @@
+"""The size of a job: its batches and its number of updates."""
+
+import dataclasses
+
+from horovod_recipes.errors import JobError
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSize:
+    """How the global batch is made up, and how many updates there are.
+
+    Attributes:
+        ranks: Integer.
+        micro_batch_size: Integer, the images of one forward pass of a rank.
+        accumulation_steps: Integer, the micro-batches of a rank per update.
+        steps_per_epoch: Integer, in updates.
+        epochs: Integer.
+    """
+
+    ranks: int
+    micro_batch_size: int
+    accumulation_steps: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def global_batch_size(self):
+        return self.ranks * self.micro_batch_size * self.accumulation_steps
+
+    @property
+    def steps(self):
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def micro_batches_per_epoch(self):
+        """The micro-batches of one rank in an epoch."""
+        return self.steps_per_epoch * self.accumulation_steps
+
+
+def job_size(config, ranks):
+    """Returns the `JobSize` of a config on a number of ranks.
+
+    A rank's share of the global batch is split into equal micro-batches, as few
+    as `config.max_micro_batch_size` allows.
+
+    Raises:
+        JobError: If the ranks, the batch and the dataset do not fit together.
+    """
+    _check_ranks(config, ranks)
+    share = config.global_batch_size // ranks
+    fewest = -(-share // config.max_micro_batch_size)
+    accumulation_steps = next(
+        n for n in range(fewest, share + 1) if share % n == 0
+    )
+    return JobSize(
+        ranks=ranks,
+        micro_batch_size=share // accumulation_steps,
+        accumulation_steps=accumulation_steps,
+        steps_per_epoch=(
+            config.dataset.train_examples // config.global_batch_size
+        ),
+        epochs=config.epochs,
+    )
+
+
+def _check_ranks(config, ranks):
+    dataset, batch = config.dataset, config.global_batch_size
+    for split in ("train", "test"):
+        examples = dataset[f"{split}_examples"]
+        if ranks > examples:
+            raise JobError(
+                f"{ranks} ranks are more than the {examples} examples of "
+                f"{dataset.name}'s {split} split; use at most {examples}"
+            )
+    if batch % ranks:
+        below = batch // ranks * ranks
+        candidates = [n for n in (below, below + ranks) if n > 0]
+        nearest = min(candidates, key=lambda n: abs(n - batch))
+        raise JobError(
+            f"global_batch_size {batch} is not divisible by {ranks} ranks; the "
+            f"nearest that is: {nearest}"
+        )
+    if batch > dataset.train_examples:
+        raise JobError(
+            f"global_batch_size {batch} is more than the "
+            f"{dataset.train_examples} training examples of {dataset.name}; "
+            "the largest that works is "
+            f"{dataset.train_examples // ranks * ranks}"
+        )

@@ -1,0 +1,200 @@
+"""What a job writes for people to read: metrics, plots, TensorBoard, MLPerf."""
+
+import csv
+import logging
+
+import keras
+import matplotlib.figure
+import numpy as np
+from mlperf_logging.mllog import constants
+from mlperf_logging.mllog.mllog import MLLogger
+
+from keras_lars._files import written_atomically
+
+
+def tensorboard(workdir):
+    """Returns the callback that writes TensorBoard's events of each epoch."""
+    return keras.callbacks.TensorBoard(
+        workdir / "tensorboard", write_graph=False
+    )
+
+
+class MetricsTable(keras.callbacks.Callback):
+    """Writes metrics.csv, a row an epoch, and its picture, metrics.png.
+
+    Args:
+        workdir: `pathlib.Path`. Rows there of earlier epochs are kept, so
+            that the table of a resumed run is whole.
+        steps_per_epoch: Integer, in updates.
+        schedule: The learning-rate schedule, a function of the update.
+        throughput: The `Throughput` of the same job.
+    """
+
+    COLUMNS = (
+        "epoch",
+        "step",
+        "learning_rate",
+        "train_loss",
+        "train_top1_percent",
+        "test_loss",
+        "test_top1_percent",
+        "images_per_second",
+    )
+
+    def __init__(self, workdir, steps_per_epoch, schedule, throughput):
+        super().__init__()
+        self._path = workdir / "metrics.csv"
+        self._steps_per_epoch = steps_per_epoch
+        self._schedule = schedule
+        self._throughput = throughput
+
+    def on_epoch_end(self, epoch, logs=None):
+        rows = _read_table(self._path)
+        rows = [row for row in rows if int(row["epoch"]) <= epoch]
+        rows.append(self._row(epoch + 1, logs))
+        with written_atomically(self._path) as part:
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def on_train_end(self, logs=None):
+        picture = self._path.with_suffix(".png")
+        with written_atomically(picture) as part:
+            _plot_table(_read_table(self._path), self._schedule, part)
+
+    def _row(self, epoch, logs):
+        step = epoch * self._steps_per_epoch
+        row = {
+            "epoch": epoch,
+            "step": step,
+            # That of the epoch's last update; the schedule counts from 0.
+            "learning_rate": float(self._schedule(step - 1)),
+            "train_loss": logs["loss"],
+            "train_top1_percent": round(100 * logs["top1"], 4),
+            "images_per_second": self._throughput.images_per_second(),
+        }
+        if "val_loss" in logs:
+            row["test_loss"] = logs["val_loss"]
+            row["test_top1_percent"] = round(100 * logs["val_top1"], 4)
+        return row
+
+
+def _read_table(path):
+    """Returns the rows of a metrics.csv, with "" where nothing was measured."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _plot_table(rows, schedule, path):
+    """Draws loss, top-1 and learning rate over steps into a PNG file."""
+    figure = matplotlib.figure.Figure(figsize=(7, 8), layout="constrained")
+    loss, top1, rate = figure.subplots(3, sharex=True)
+    for axes, name in ((loss, "loss"), (top1, "top1_percent")):
+        for split in ("train", "test"):
+            points = [
+                (int(row["step"]), float(row[f"{split}_{name}"]))
+                for row in rows
+                if row[f"{split}_{name}"]
+            ]
+            axes.plot(*zip(*points, strict=True), marker=".", label=split)
+        axes.legend()
+    loss.set_yscale("log")
+    loss.set_ylabel("loss")
+    top1.set_ylabel("top-1, %")
+    steps = np.arange(int(rows[-1]["step"]))
+    rate.plot(steps, [float(schedule(step)) for step in steps])
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step (update)")
+    for axes in (loss, top1, rate):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+class MLPerfLog(keras.callbacks.Callback):
+    """Writes what MLPerf asks to be logged to `workdir/mlperf.log`.
+
+    The log is for comparing runs. It cannot be submitted to MLPerf: it does not
+    say who ran the job on what.
+
+    List it after `ExactMetrics`. A job that is resumed adds to the file, with a
+    `run_start` of its own.
+
+    Args:
+        workdir: `pathlib.Path`.
+        config: The recipe's `ConfigDict`.
+        size: The `JobSize`.
+    """
+
+    def __init__(self, workdir, config, size):
+        super().__init__()
+        logger = logging.Logger("mlperf")
+        logger.addHandler(_AppendToFile(workdir / "mlperf.log"))
+        self._log = MLLogger(logger)
+        self._log.start(constants.INIT_START)
+        for key, value in _mlperf_settings(config, size):
+            self._log.event(key, value)
+        self._log.end(constants.INIT_STOP)
+        self._log.start(constants.RUN_START)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = {constants.EPOCH_NUM: epoch + 1}
+        self._log.start(constants.EPOCH_START, metadata=self._epoch)
+
+    def on_test_begin(self, logs=None):
+        self._log.start(constants.EVAL_START, metadata=self._epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if "val_top1" in logs:
+            self._log.event(
+                constants.EVAL_ACCURACY,
+                logs["val_top1"],
+                metadata=self._epoch,
+            )
+            self._log.end(constants.EVAL_STOP, metadata=self._epoch)
+        self._log.end(constants.EPOCH_STOP, metadata=self._epoch)
+
+    def run_stop(self, reached_target):
+        """Writes how the job ended."""
+        status = constants.SUCCESS if reached_target else constants.ABORTED
+        self._log.end(constants.RUN_STOP, metadata={"status": status})
+
+
+class _AppendToFile(logging.Handler):
+    """Keeps no file open, so that a job may end anywhere."""
+
+    def __init__(self, path):
+        super().__init__()
+        self._path = path
+
+    def emit(self, record):
+        with self._path.open("a") as file:
+            file.write(f"{record.getMessage()}\n")
+
+
+def _mlperf_settings(config, size):
+    lars, schedule = config.optimizer, config.schedule
+    synchronized = config.model.get("batch_norm") == "synchronized"
+    ranks_of_a_norm = size.ranks if synchronized else 1
+    return (
+        (constants.SUBMISSION_BENCHMARK, config.model.name),
+        (constants.SEED, config.seed),
+        (constants.GLOBAL_BATCH_SIZE, size.global_batch_size),
+        (constants.GRADIENT_ACCUMULATION_STEPS, size.accumulation_steps),
+        (constants.MODEL_BN_SPAN, size.micro_batch_size * ranks_of_a_norm),
+        (constants.TRAIN_SAMPLES, config.dataset.train_examples),
+        (constants.EVAL_SAMPLES, config.dataset.test_examples),
+        (
+            constants.OPT_NAME,
+            constants.SGD if config.optimizer_name == "sgd" else constants.LARS,
+        ),
+        (constants.OPT_BASE_LR, schedule.peak_learning_rate),
+        (constants.OPT_END_LR, schedule.get("end_learning_rate", 0.0)),
+        (constants.OPT_LR_WARMUP_EPOCHS, schedule.warmup_epochs),
+        (constants.LARS_OPT_LR_DECAY_POLY_POWER, schedule.power),
+        (constants.LARS_OPT_MOMENTUM, lars.get("momentum", 0.9)),
+        (constants.LARS_OPT_WEIGHT_DECAY, lars.get("weight_decay", 0.0)),
+        (constants.LARS_EPSILON, lars.get("epsilon", 0.0)),
+    )

@@ -1,0 +1,85 @@
+"""Tasks: what a batch is, what is minimized, and what evaluation reports.
+
+`config.task` names one of `TASKS`.
+"""
+
+import os
+
+import keras
+import tensorflow as tf
+
+import horovod_recipes.keras as hvd
+from horovod_recipes.data.pipeline import RankInput
+from horovod_recipes.data.pipeline import evaluation_batches
+from horovod_recipes.data.pipeline import training_batches
+
+
+class Classification:
+    """One class an image: cross-entropy, and top-1 as the metric.
+
+    Args:
+        config: The recipe's `ConfigDict`.
+        size: The `JobSize`.
+        source: From `data.sources.load_source`.
+        corrupt_images: A `data.pipeline.CorruptImages`.
+    """
+
+    def __init__(self, config, size, source, corrupt_images):
+        self._config = config
+        self._size = size
+        self._source = source
+        self._input = RankInput(
+            rank=hvd.rank(),
+            ranks=size.ranks,
+            batch_size=size.micro_batch_size,
+            threads=_input_threads(config),
+            corrupt_images=corrupt_images,
+        )
+
+    def loss(self):
+        return keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=self._config.label_smoothing
+        )
+
+    def metrics(self):
+        return [keras.metrics.CategoricalAccuracy(name="top1")]
+
+    def training_dataset(self, first_epoch, updates_done):
+        """Returns this rank's micro-batches, with one-hot labels, without end.
+
+        Args:
+            first_epoch: Integer, the epoch to begin with, from 0.
+            updates_done: Integer, the updates of that epoch to leave out.
+        """
+        batches = training_batches(
+            self._source,
+            self._config.dataset,
+            self._input,
+            batches_per_epoch=self._size.micro_batches_per_epoch,
+            first_epoch=first_epoch,
+            first_batch=updates_done * self._size.accumulation_steps,
+            seed=self._config.seed,
+        )
+        return self._one_hot(batches)
+
+    def evaluation_dataset(self):
+        """Returns this rank's part of the test split, with one-hot labels."""
+        batches = evaluation_batches(
+            self._source, self._config.dataset, self._input
+        )
+        return self._one_hot(batches)
+
+    def _one_hot(self, batches):
+        num_classes = self._config.dataset.num_classes
+        return batches.map(
+            lambda images, labels: (images, tf.one_hot(labels, num_classes))
+        )
+
+
+TASKS = {"classification": Classification}
+
+
+def _input_threads(config):
+    """Returns this rank's share of its host's cores, unless the config says."""
+    cores = len(os.sched_getaffinity(0))
+    return config.dataset.threads or max(1, cores // hvd.local_size())

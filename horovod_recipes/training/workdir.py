@@ -1,0 +1,284 @@
+"""The working folder of a run, and its checkpoints: save, keep, restore.
+
+A checkpoint is a `.keras` file, with the optimizer's state, that Keras loads
+without Horovod, and beside it a JSON file with what the job had measured.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+
+import keras
+
+from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
+from keras_lars._files import written_atomically
+
+# All that a run writes, and so all that --overwrite deletes.
+RUN_FILES = (
+    "config.json",
+    "checkpoints",
+    "best",
+    "metrics.csv",
+    "metrics.png",
+    "mlperf.log",
+    "summary.json",
+    "tensorboard",
+    "trust_ratios",
+)
+# Keys that a run may be resumed with another value of: they change where it
+# reads, what it writes, and how it fits on its devices. Of what it computes,
+# micro-batches change the statistics of batch norm and dropout's masks.
+FREE_KEYS = {
+    "dataset.data_dir",
+    "dataset.corrupt_images",
+    "dataset.cache",
+    "dataset.service",
+    "dataset.threads",
+    "max_micro_batch_size",
+    "evaluate_every_epochs",
+    "checkpoint_every_epochs",
+    "keep_checkpoints",
+    "keep_best_checkpoints",
+    "log_trust_ratios_every_steps",
+    "check_replicas_every_steps",
+    "hang_seconds",
+    "target_top1",
+    "stop_at_target",
+    "expected_top1",
+}
+
+
+def prepare_workdir(workdir, config, mode):
+    """Makes the folder ready for a run; rank 0 alone calls this.
+
+    Raises:
+        JobError: If the folder cannot be written to, or if what it holds does
+            not go with `mode` and `config`.
+    """
+    try:
+        saved_config = read_config(workdir)
+        if mode == "resume":
+            check_same_config(saved_config, config, workdir)
+            if read_summary(workdir) is not None:
+                return
+        elif workdir.exists() and any(workdir.iterdir()):
+            check_overwritable(saved_config, workdir, mode)
+            delete_run(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with written_atomically(workdir / "config.json") as part:
+            part.write_text(config.to_json(indent=2))
+    except OSError as error:
+        raise JobError(
+            f"cannot write to --workdir={workdir}: {error.strerror}; choose a "
+            "folder that can be written to"
+        ) from None
+
+
+def read_config(workdir):
+    """Returns the config of the run in `workdir`; None if it holds no run."""
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    is_ours = isinstance(config, dict) and "global_batch_size" in config
+    return config if is_ours else None
+
+
+def check_overwritable(saved_config, workdir, mode):
+    if saved_config is None:
+        raise JobError(
+            f"{workdir} holds files that are not of a run; choose another "
+            "--workdir"
+        )
+    if mode == "new":
+        raise JobError(
+            f"{workdir} holds a run; go on with it (--resume), delete it "
+            "(--overwrite), or choose another --workdir"
+        )
+
+
+def delete_run(workdir):
+    for name in RUN_FILES:
+        path = workdir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_same_config(saved, config, workdir):
+    """Raises `JobError` unless the run in `workdir` had this config."""
+    if saved is None:
+        raise JobError(
+            f"no run to resume in {workdir}: it has no config.json of a run; "
+            "start one without --resume"
+        )
+    saved = _flatten(saved)
+    asked = _flatten(json.loads(config.to_json()))
+    differences = [
+        f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}"
+        for key in sorted((saved | asked).keys() - FREE_KEYS)
+        if saved.get(key) != asked.get(key)
+    ]
+    if differences:
+        raise JobError(
+            f"the run in {workdir} cannot go on with another config: "
+            f"{'; '.join(differences)}. Use the same values, or another "
+            "--workdir"
+        )
+
+
+def _flatten(values, prefix=""):
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_summary(workdir):
+    """Returns the summary of a run that is finished, else None."""
+    path = workdir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_summary(workdir, summary):
+    """Writes the file that says that a run is finished, in one line."""
+    with written_atomically(workdir / "summary.json") as part:
+        part.write_text(json.dumps(summary) + "\n")
+
+
+def saved_steps(workdir):
+    """Returns `{updates done: path}` of the run's checkpoints."""
+    steps = {}
+    for path in (workdir / "checkpoints").glob("step-*.keras"):
+        steps[int(re.fullmatch(r"step-(\d+)\.keras", path.name)[1])] = path
+    return steps
+
+
+def restore_latest(workdir, model):
+    """Loads the newest checkpoint into a compiled model.
+
+    Returns:
+        The number of updates done, and what `save` was given with it; `(0,
+        {})` if there is no checkpoint yet.
+
+    Raises:
+        JobError: If the checkpoint is of another model or optimizer.
+    """
+    paths = saved_steps(workdir)
+    if not paths:
+        return 0, {}
+    path = paths[max(paths)]
+    try:
+        saved = keras.saving.load_model(path)
+        measured = json.loads(path.with_suffix(".json").read_text())
+    except Exception as error:
+        raise JobError(
+            f"cannot load {path} ({one_line(error)}); delete it to go on from "
+            "the checkpoint before it"
+        ) from error
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    for kind, ours, theirs in (
+        ("model", model, saved),
+        ("optimizer", optimizer, saved.optimizer),
+    ):
+        if _description(ours) != _description(theirs):
+            raise JobError(
+                f"{path} was saved from another {kind}; go on with the code "
+                "it was saved with, or choose another --workdir"
+            )
+    for variable, value in zip(
+        model.weights + optimizer.variables,
+        saved.weights + saved.optimizer.variables,
+        strict=True,
+    ):
+        variable.assign(value)
+    # What a killed job had written after that comes again.
+    for best in (workdir / "best").glob("top1-*-step-*.keras"):
+        if int(best.stem.rpartition("-")[2]) > max(paths):
+            best.unlink()
+    return max(paths), measured
+
+
+def _description(model_or_optimizer):
+    """Returns what must be equal for a state to be loaded."""
+    if isinstance(model_or_optimizer, keras.Model):
+        return [(v.path, v.shape) for v in model_or_optimizer.weights]
+    return keras.saving.serialize_keras_object(model_or_optimizer)
+
+
+def save(workdir, model, steps_done, measured, keep):
+    """Saves a checkpoint, then deletes all but the newest.
+
+    Args:
+        workdir: `pathlib.Path`; files go to its folder `checkpoints`.
+        model: The compiled model.
+        steps_done: Integer, the updates done.
+        measured: What `restore_latest` is to return, fit for JSON.
+        keep: Integer, how many of the newest to keep.
+
+    Raises:
+        JobError: If it cannot be written; those before it stay.
+    """
+    folder = workdir / "checkpoints"
+    path = folder / f"step-{steps_done:08d}.keras"
+    with _cannot_write(path):
+        folder.mkdir(exist_ok=True)
+        _delete_halves(folder)
+        with written_atomically(path.with_suffix(".json")) as part:
+            part.write_text(json.dumps(measured) + "\n")
+        with written_atomically(path) as part:
+            model.save(part)
+    paths = saved_steps(workdir)
+    for old in sorted(paths)[:-keep]:
+        paths[old].unlink()
+        paths[old].with_suffix(".json").unlink(missing_ok=True)
+
+
+def save_if_best(workdir, model, steps_done, top1, keep):
+    """Saves the model in `workdir/best` if its top-1 is one of the best.
+
+    Args:
+        workdir: `pathlib.Path`.
+        model: The compiled model.
+        steps_done: Integer, the updates done.
+        top1: Float, in percent.
+        keep: Integer, how many of the best to keep.
+    """
+    folder = workdir / "best"
+    path = folder / f"top1-{top1:07.3f}-step-{steps_done:08d}.keras"
+    # By top-1, and the later of equals first.
+    best = sorted([*folder.glob("top1-*.keras"), path], reverse=True)[:keep]
+    if path not in best:
+        return
+    with _cannot_write(path):
+        folder.mkdir(exist_ok=True)
+        _delete_halves(folder)
+        with written_atomically(path) as part:
+            model.save(part)
+    for old in set(folder.glob("top1-*.keras")) - set(best):
+        old.unlink()
+
+
+@contextlib.contextmanager
+def _cannot_write(path):
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"cannot write the checkpoint {path}: {error.strerror}; those "
+            "before it are good: make room, and go on with --resume"
+        ) from error
+
+
+def _delete_halves(folder):
+    """Deletes what a job that was killed while it wrote has left."""
+    for path in folder.glob(".part-*"):
+        path.unlink()

@@ -1,0 +1,283 @@
+"""Each ImageNet recipe against the tables of its sources."""
+
+import importlib
+import math
+import pathlib
+import re
+
+import pytest
+
+from horovod_recipes.configs import demo
+from horovod_recipes.configs._check import check_config
+from horovod_recipes.configs._check import job_size
+from horovod_recipes.errors import JobError
+from horovod_recipes.train import create_schedule
+from keras_lars import LARS
+
+K = 1024
+# Typed from the paper's tables: batch, rate, warm-up epochs, top-1.
+ALEXNET = {
+    "512": (512, 2, 2, 58.7),
+    "4k": (4 * K, 10, 2, 58.5),
+    "8k": (8 * K, 10, 2, 58.2),
+    "16k": (16 * K, 14, 2, 55.0),
+    "32k": (32 * K, 14, 2, 46.9),
+}
+ALEXNET_SGD = {
+    "512_sgd": (512, 0.02, 2.5, 58.8),
+    "4k_sgd_best": (4 * K, 0.05, 2.5, 53.1),
+    "8k_sgd_best": (8 * K, 0.03, 2.5, 44.8),
+}
+ALEXNET_BN = {
+    "512": (512, 2, 5, 60.2),
+    "4k": (4 * K, 10, 5, 60.4),
+    "8k": (8 * K, 14, 5, 60.1),
+    "16k": (16 * K, 23, 5, 59.3),
+    "32k": (32 * K, 22, 5, 57.8),
+}
+ALEXNET_BN_SGD = {
+    "512_sgd": (512, 0.02, 2.5, 60.2),
+    "4k_sgd_best": (4 * K, 0.18, 2.5, 58.9),
+    "8k_sgd_best": (8 * K, 0.30, 2.5, 58.0),
+}
+RESNET50 = {
+    "256": (256, 4, 0, 73.8),
+    "1k": (K, 9, 5, 73.3),
+    "8k": (8 * K, 30, 5, 73.5),
+    "16k": (16 * K, 33, 12, 72.9),
+    "32k": (32 * K, 40, 12, 72.5),
+    "256_inception": (256, 4, 0, 75.8),
+    "1k_inception": (K, 9, 5, 75.4),
+    "8k_inception": (8 * K, 30, 5, 75.2),
+    "16k_inception": (16 * K, 33, 12, 74.4),
+    "16k_inception_200epochs": (16 * K, 33, 12, 75.5),
+    "32k_inception": (32 * K, 40, 12, 72.5),
+}
+# Linear scaling of a rate at a batch, its warm-up epochs.
+LINEAR = {"alexnet": (0.02, 512, 2.5), "alexnet_bn": (0.02, 512, 2.5)}
+LINEAR["resnet50"] = (0.1, 256, 5)
+# Batch, rate, warm-up, momentum, weight decay, epochs in all, and the first and
+# last epoch at which it reached 75.9 %.
+MLPERF = {
+    "4k": (4 * K, 10, 5, 0.9, 2e-4, 42, 39, 42),
+    "8k": (8 * K, 17, 5, 0.9, 2e-4, 44, 41, 44),
+    "32k": (32 * K, 21.2, 16, 0.94, 2.5e-5, 58, 55, 57),
+    "64k": (64 * K, 24.699, 31, 0.951807, 1e-4, 89, 83, 86),
+}
+FAMILIES = ("alexnet", "alexnet_bn", "resnet50", "resnet50_mlperf")
+PAPER = [
+    (family, variant, row)
+    for family, rows in (
+        ("alexnet", ALEXNET | ALEXNET_SGD),
+        ("alexnet_bn", ALEXNET_BN | ALEXNET_BN_SGD),
+        ("resnet50", RESNET50),
+    )
+    for variant, row in rows.items()
+]
+
+
+def module(family):
+    return importlib.import_module(f"horovod_recipes.configs.{family}")
+
+
+def variants(family):
+    return [(family, variant) for variant in module(family).ROWS]
+
+
+ALL = [pair for family in FAMILIES for pair in variants(family)]
+
+
+def assert_schedule(config, rate, warmup_epochs, epochs, end=0.0, rebase=False):
+    """The rate of the first update, in the warm-up, at its end, later, last."""
+    job = job_size(config, ranks=8)
+    schedule = create_schedule(config, job)
+    steps_per_epoch = 1281167 // config.global_batch_size
+    steps = epochs * steps_per_epoch
+    assert (job.steps_per_epoch, job.steps) == (steps_per_epoch, steps)
+    warmup = round(warmup_epochs * steps_per_epoch)
+    start = warmup if rebase else 0
+
+    def decayed(step):
+        return end + (rate - end) * ((steps - step) / (steps - start)) ** 2
+
+    later = (warmup + steps) // 2
+    expected = {warmup: decayed(warmup), later: decayed(later), steps: end}
+    expected[steps - 1] = decayed(steps - 1)
+    if warmup:
+        expected |= {0: 0.0, warmup // 4: rate * (warmup // 4) / warmup}
+        expected[warmup - 1] = rate * (warmup - 1) / warmup
+    for step, value in expected.items():
+        assert float(schedule(step)) == pytest.approx(
+            value, rel=1e-4, abs=rate * 1e-7
+        )
+
+
+def assert_common(config):
+    assert config.dataset.name == "imagenet2012"
+    assert config.dataset.num_classes == 1000
+    assert config.dataset.train_examples == 1281167
+    assert config.dataset.test_examples == 50000
+    assert config.dataset.test_split == "validation"
+    check_config(config)
+    optimizer = LARS(1.0, **config.optimizer)
+    assert optimizer.trust_coefficient == 0.001
+    assert optimizer.epsilon == 0
+    assert optimizer.momentum_style == "paper"
+    return optimizer
+
+
+@pytest.mark.parametrize(("family", "variant", "row"), PAPER)
+def test_rows_of_the_paper(family, variant, row):
+    batch, rate, warmup_epochs, top1 = row
+    config = module(family).get_config(variant)
+    optimizer = assert_common(config)
+    assert config.global_batch_size == batch
+    assert config.expected_top1 == top1
+    assert optimizer.momentum == 0.9
+    assert optimizer.weight_decay == 0.0005
+    assert config.label_smoothing == 0
+    epochs = 200 if "200epochs" in variant else 100
+    assert_schedule(config, rate, warmup_epochs, epochs)
+    inception = "inception" in variant
+    assert config.dataset.augmentation == (
+        "inception" if inception else "minimal"
+    )
+    size = 224 if family == "resnet50" else 227
+    assert config.dataset.image_size == size
+    if "sgd" in variant:
+        assert optimizer.exclude_from_layer_adaptation == [".*"]
+        assert optimizer.unadapted_scale == 1.0
+    else:
+        assert optimizer.exclude_from_layer_adaptation is None
+        scale = 0.01 if family == "alexnet" else 1.0
+        assert optimizer.unadapted_scale == scale
+
+
+@pytest.mark.parametrize("family", list(LINEAR))
+def test_baselines_scale_the_rate_linearly(family):
+    base, base_batch, warmup_epochs = LINEAR[family]
+    seen = 0
+    for _, variant in variants(family):
+        if not variant.endswith("_sgd"):
+            continue
+        config = module(family).get_config(variant)
+        optimizer = assert_common(config)
+        rate = base * config.global_batch_size / base_batch
+        assert_schedule(config, rate, warmup_epochs, epochs=100)
+        assert optimizer.exclude_from_layer_adaptation == [".*"]
+        assert optimizer.weight_decay == (
+            1e-4 if family == "resnet50" else 5e-4
+        )
+        lars = module(family).get_config(variant.removesuffix("_sgd"))
+        assert config.global_batch_size == lars.global_batch_size
+        assert config.model == lars.model
+        seen += 1
+    assert seen == 5
+
+
+@pytest.mark.parametrize("variant", list(MLPERF))
+def test_rows_of_mlperf(variant):
+    batch, rate, warmup, momentum, decay, epochs, first, last = MLPERF[variant]
+    config = module("resnet50_mlperf").get_config(variant)
+    optimizer = assert_common(config)
+    assert config.global_batch_size == batch
+    assert optimizer.momentum == momentum
+    assert optimizer.weight_decay == decay
+    assert_schedule(config, rate, warmup, epochs, end=1e-4, rebase=True)
+    assert first <= last <= epochs
+    assert config.label_smoothing == 0.1
+    assert (config.target_top1, config.stop_at_target) == (75.9, True)
+    assert config.model.version == "v1.5"
+    assert config.model.batch_norm_momentum == 0.9
+    assert config.model.batch_norm_epsilon == 1e-5
+
+
+def test_tables_hold_all_variants():
+    """Those of this file, of the modules, and of the modules' docstrings."""
+    expected = {
+        "alexnet": ALEXNET.keys() | ALEXNET_SGD.keys(),
+        "alexnet_bn": ALEXNET_BN.keys() | ALEXNET_BN_SGD.keys(),
+        "resnet50": set(RESNET50),
+        "resnet50_mlperf": set(MLPERF),
+    }
+    for family in LINEAR:
+        batches = ("256 1k" if family == "resnet50" else "512 4k").split()
+        expected[family] = expected[family] | {
+            f"{batch}_sgd" for batch in (*batches, "8k", "16k", "32k")
+        }
+    for family in FAMILIES:
+        assert module(family).ROWS.keys() == expected[family]
+        doc = module(family).__doc__
+        rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", doc, re.M)
+        documented = {variant: (rate, epochs) for variant, rate, epochs in rows}
+        for variant in module(family).ROWS:
+            schedule = module(family).get_config(variant).schedule
+            name = variant.removesuffix("_inception")
+            rate, warmup_epochs = map(float, documented[name])
+            assert schedule.peak_learning_rate == rate
+            assert schedule.warmup_epochs == warmup_epochs
+
+
+def test_table_of_the_readme():
+    """Has every recipe, with the top-1 of its source or "none"."""
+    readme = pathlib.Path(__file__).parents[2].joinpath("README.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\w.]*) ?\| ([\w.]*) ?\| ([\w.]*) ?\|$", readme, re.M
+    )
+    stated = {
+        (family, variant): top1
+        for variant, *cells in rows
+        for family, top1 in zip(LINEAR, cells, strict=True)
+        if top1
+    }
+    expected = {
+        (family, variant): str(row[-1]) for family, variant, row in PAPER
+    }
+    for family, variant in ALL:
+        if family in LINEAR:
+            expected.setdefault((family, variant), "none")
+    assert stated == expected
+    for variant, (*_, epochs, first, last) in MLPERF.items():
+        assert f"| `{variant}` | {first} to {last} | {epochs} |" in readme
+
+
+@pytest.mark.parametrize(("family", "variant"), ALL)
+@pytest.mark.parametrize("ranks", [1, 8, 256])
+def test_batch_arithmetic(family, variant, ranks):
+    config = module(family).get_config(variant)
+    job = job_size(config, ranks)
+    assert job.global_batch_size == config.global_batch_size
+    assert job.micro_batch_size <= config.max_micro_batch_size
+    share = config.global_batch_size // ranks
+    fewest = math.ceil(share / config.max_micro_batch_size)
+    assert job.accumulation_steps == fewest
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "ranks", "micro_batch", "accumulation"),
+    [
+        ("resnet50", "32k", 256, 64, 2),
+        ("resnet50", "32k", 8, 64, 64),
+        ("resnet50_mlperf", "64k", 512, 128, 1),
+        ("alexnet", "8k", 4, 512, 4),
+        ("alexnet_bn", "512", 2, 128, 2),
+    ],
+)
+def test_micro_batches(family, variant, ranks, micro_batch, accumulation):
+    job = job_size(module(family).get_config(variant), ranks)
+    assert job.micro_batch_size == micro_batch
+    assert job.accumulation_steps == accumulation
+
+
+def test_share_that_no_power_of_two_divides():
+    """500 images a rank, of which 64 fit: 10 micro-batches of 50."""
+    config = demo.get_config()
+    config.update(global_batch_size=1000, max_micro_batch_size=64)
+    job = job_size(config, ranks=2)
+    assert (job.micro_batch_size, job.accumulation_steps) == (50, 10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unknown_variant(family):
+    with pytest.raises(JobError, match=r"unknown variant '9k'; .*4k|1k, 8k"):
+        module(family).get_config("9k")

@@ -1,0 +1,179 @@
+"""The watchdog of one process, and what it makes of the signs of others."""
+
+import itertools
+import os
+import pathlib
+import threading
+import time
+
+import keras
+import pytest
+import tensorflow as tf
+from horovod.runner.http.http_server import KVStoreServer
+
+import horovod_recipes.keras as hvd
+from horovod_recipes.keras import _watchdog
+from horovod_recipes.keras._watchdog import HOST
+from horovod_recipes.keras._watchdog import SECONDS_TO_SAY_WHY
+from horovod_recipes.keras.callbacks import Watchdog
+from horovod_recipes.train import stop_reason
+
+# As the survivor of two ranks has it, with tensors in flight.
+IN_FLIGHT = tf.errors.UnknownError(
+    None,
+    None,
+    "[external/gloo/transport/tcp/pair.cc:589] Read error [127.0.0.1]:1: "
+    "Connection reset by peer\n\t [[{{node "
+    "DistributedOptimizer_float32/HorovodGroupedAllreduce}}]]",
+)
+
+
+class Clock:
+    """Stands in for `time`: sleeping takes none."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server such as that of horovodrun; all peers are in one block."""
+    server = KVStoreServer(verbose=0)
+    port = server.start_server()
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(port))
+    monkeypatch.setattr(_watchdog, "_blocks", itertools.repeat(0))
+    yield server
+    server.shutdown_server()
+
+
+@pytest.fixture
+def _alone(monkeypatch):
+    """As under MPI, and in a job of one process."""
+    monkeypatch.delenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", raising=False)
+    hvd.init()
+
+
+def dog_of_rank(rank, size):
+    dog = Watchdog()
+    dog._rank, dog._steps = rank, 0
+    dog._peers = _watchdog._Peers(rank, size)
+    return dog
+
+
+@pytest.mark.parametrize("size", [2, 64, 512])
+def test_names_a_silent_rank_in_a_job_of_any_size(server, monkeypatch, size):
+    monkeypatch.setattr(_watchdog, "time", Clock())
+    dog = dog_of_rank(0, size)
+    _watchdog._Peers(1, size).beat(steps=7)
+    assert dog.lost_rank().startswith(
+        f"rank 1 on {HOST} is lost: nothing has been heard of it for "
+    )
+    assert "after step 7 of its training" in dog.lost_rank()
+    # All others know, whomever they watch.
+    last = _watchdog._Peers(size - 1, size)
+    last.beat(steps=7)
+    assert last.found() == dog._peers.found()
+    # Who ends with an error stays until all have asked it.
+    assert last.delay < last.period < SECONDS_TO_SAY_WHY
+    # Not too many requests for a server of one thread.
+    assert 3 * size / last.period <= 384
+
+
+@pytest.mark.parametrize("size", [2, 64, 512])
+def test_names_no_rank_that_lives(server, monkeypatch, size):
+    """With one of its beats lost, and the next one late by a second."""
+    clock = Clock()
+    monkeypatch.setattr(_watchdog, "time", clock)
+    peers, other = (_watchdog._Peers(rank, size) for rank in (0, 1))
+    other.beat(steps=1)
+    peers.beat(steps=1)
+    clock.sleep(2 * peers.period + 1)
+    assert peers.found() is None
+    other.beat(steps=1)
+    peers.beat(steps=1)
+    clock.sleep(2 * peers.period + 1)
+    assert peers.found() is None
+    clock.sleep(1)
+    # This rank has not heard of the server either.
+    assert peers.found().startswith(f"rank 0 on {HOST} is cut off: it has not")
+
+
+@pytest.mark.usefixtures("_alone")
+def test_without_a_server_none_is_found_at_once():
+    with Watchdog() as dog:
+        begin = time.monotonic()
+        assert _watchdog.lost_rank() is None
+        assert time.monotonic() - begin < _watchdog.PERIOD
+    dog._peers.tell("nobody")
+    assert dog._peers.found() is None
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_survivor_does_not_say_that_it_failed(server, wrapped):
+    """Nor does it when the error was made a `JobError` of."""
+    hvd.init()
+
+    def fail():
+        with Watchdog():
+            if wrapped:
+                raise stop_reason(OSError("a disk")) from IN_FLIGHT
+            raise IN_FLIGHT
+
+    with pytest.raises(Exception, match=r"reset by peer|a disk"):
+        fail()
+    other = _watchdog._Peers(1, 2)
+    other.beat(steps=0)
+    assert other.found() is None
+
+
+@pytest.mark.usefixtures("_alone")
+def test_rank_killed_in_an_allreduce_is_another_one():
+    assert str(stop_reason(IN_FLIGHT)) == (
+        "rank 0 stopped: another rank did; see what that one printed"
+    )
+    own = tf.errors.UnknownError(None, None, "OSError: the disk is on fire")
+    assert str(stop_reason(own)).startswith("rank 0 failed: UnknownError: OSE")
+
+
+@pytest.mark.usefixtures("_alone")
+def test_second_block_watches_too():
+    dog = Watchdog()
+    with dog:
+        dog.on_train_batch_end(0)
+    assert not dog._thread.is_alive()
+    with dog:
+        assert dog._steps == 0
+        time.sleep(3 * _watchdog.PERIOD)
+        assert dog._thread.is_alive()
+
+
+@pytest.mark.usefixtures("_alone")
+def test_failed_collective_is_not_waited_for_in_the_next_block():
+    def fail(tensors):
+        raise IN_FLIGHT
+
+    with Watchdog() as dog:
+        with pytest.raises(tf.errors.UnknownError):
+            _watchdog.noted(fail)([tf.ones(3)])
+        assert dog._waits()
+    with Watchdog() as dog:
+        assert not dog._waits()
+
+
+def test_installed_packages_are_no_libraries():
+    """Outside of virtual environments they are in the standard library's."""
+    standard = pathlib.Path(os.__file__).parent
+    for folder in ("site-packages", "dist-packages"):
+        path = standard / folder / "theirs" / "model.py"
+        assert not _watchdog._is_library(str(path))
+    keras_lars = pathlib.Path(keras.__file__).parent.with_name("keras_lars")
+    assert not _watchdog._is_library(str(keras_lars / "lars.py"))
+    for module in (threading, keras, tf):
+        assert _watchdog._is_library(module.__file__)

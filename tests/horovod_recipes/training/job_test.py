@@ -1,0 +1,53 @@
+"""How a job goes on: the part that is left of it, and its random numbers."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from horovod_recipes import train
+from horovod_recipes.configs._check import JobSize
+
+JOB = JobSize(
+    ranks=2,
+    micro_batch_size=8,
+    accumulation_steps=4,
+    steps_per_epoch=10,
+    epochs=3,
+)
+
+
+@pytest.mark.parametrize(
+    ("steps_done", "parts"),
+    [
+        (0, [(0, 0, 3)]),
+        (10, [(1, 0, 3)]),
+        (13, [(1, 3, 2), (2, 0, 3)]),
+        (25, [(2, 5, 3)]),
+        (30, []),
+    ],
+)
+def test_parts_of_job(steps_done, parts):
+    assert train.parts_of_job(JOB, steps_done) == parts
+
+
+def test_resumed_dropout_draws_the_masks_it_would_have_drawn():
+    """And each rank, and each layer, its own."""
+
+    def masks(seed, micro_batches_done, count):
+        model = keras.Sequential(
+            [keras.Input((50,)), keras.layers.Dropout(0.5)]
+            + [keras.layers.Dropout(0.5)]
+        )
+        train.seed_dropout(model, seed, micro_batches_done)
+        return [
+            [layer(tf.ones((1, 50)), training=True) for layer in model.layers]
+            for _ in range(count)
+        ]
+
+    whole = masks([0, 1], 0, 5)
+    np.testing.assert_array_equal(whole[3:], masks([0, 1], 3, 2))
+    for other in (masks([0, 0], 0, 5), masks([1, 1], 0, 5)):
+        assert (np.array(whole) != other).any(axis=(2, 3)).all()
+    first_layer, second_layer = np.moveaxis(np.array(whole), 1, 0)
+    assert (first_layer != second_layer).any(axis=(1, 2)).all()

@@ -1,0 +1,103 @@
+"""Jobs of which a rank dies or hangs: all ranks end soon, and name it."""
+
+import re
+import sys
+import time
+
+import pytest
+
+from tests.jobs.launcher import HOROVODRUN
+from tests.jobs.launcher import ROOT
+from tests.jobs.launcher import error_lines
+from tests.jobs.launcher import run
+
+# More than the first step takes on a busy machine.
+HANG_SECONDS = 30
+JOB = (
+    "--config=demo",
+    "--config.model.filters=2",
+    "--config.epochs=100",
+    "--config.global_batch_size=96",
+    f"--config.hang_seconds={HANG_SECONDS}",
+)
+# Seconds to find out, to say so, and to be killed; twice, on a busy machine.
+SECONDS_TO_END = 30
+
+
+def run_faulty(fault, folder, ranks=2):
+    """Returns the result, and the seconds from the fault to the end."""
+    happened = folder / "happened"
+    result = run(
+        *(HOROVODRUN[0], "--gloo", "-np", str(ranks)),
+        *(sys.executable, "-m", "tests.jobs.launcher.faulty_job", fault),
+        *(str(happened), *JOB, f"--workdir={folder}/run"),
+    )
+    assert result.returncode == 1, result.stderr
+    return result, time.time() - happened.stat().st_mtime
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks"), [("kill", 3), ("kill_in_allreduce", 2)]
+)
+def test_rank_that_is_killed(tmp_path, fault, ranks):
+    """Of three ranks, one watches it, and tells the other."""
+    result, seconds = run_faulty(fault, tmp_path, ranks)
+    others = [rank for rank in range(ranks) if rank != 1]
+    lines = sorted(error_lines(result))
+    assert len(lines) == len(others), lines
+    for rank, line in zip(others, lines, strict=True):
+        assert re.match(
+            rf"\[{rank}\]<stderr>:error: rank {rank} (stopped|waited .*): "
+            r"rank 1 on localhost is lost: nothing has been heard of it for "
+            r"\d s, after step \d of its training",
+            line,
+        ), line
+    assert seconds < SECONDS_TO_END
+
+
+@pytest.mark.parametrize("fault", ["hang_in_callback", "hang_in_pipeline"])
+def test_rank_that_hangs(tmp_path, fault):
+    result, seconds = run_faulty(fault, tmp_path)
+    waits, hangs = sorted(error_lines(result))
+    hanging = r"rank 1 on localhost hangs: no progress for \d+ s after step \d "
+    assert re.match(r"\[1\]<stderr>:error: " + hanging, hangs), hangs
+    assert re.match(r"\[0\]<stderr>:error: rank 0 waited .*" + hanging, waits)
+    in_tensorflow = "inside TensorFlow: the input pipeline or the step" in hangs
+    assert in_tensorflow == (fault == "hang_in_pipeline")
+    assert HANG_SECONDS <= seconds < HANG_SECONDS + SECONDS_TO_END
+    # With the lines that wait and hang.
+    for rank, function in enumerate(("fit", fault)):
+        stacks = lines_of_rank(result, rank).partition(
+            f"stacks of rank {rank}:"
+        )[2]
+        assert "(most recent call first)" in stacks
+        assert f"in {function}" in stacks
+
+
+def test_parallel_test_that_hangs(tmp_path):
+    """With the options of make parallel-tests, and a shorter time."""
+    (tmp_path / "hang_test.py").write_text(
+        "import time\n"
+        "import horovod_recipes.keras as hvd\n"
+        "hvd.init()\n"
+        "def test_hang():\n"
+        "    if hvd.rank() == 1:\n"
+        "        time.sleep(1000)\n"
+        "    hvd.allreduce(1.0)\n"
+    )
+    result = run(
+        *(*HOROVODRUN, sys.executable, "-m", "pytest"),
+        *("-c", str(ROOT / "pyproject.toml"), "-o", "faulthandler_timeout=10"),
+        *("-o", "faulthandler_exit_on_timeout=true", str(tmp_path)),
+    )
+    assert result.returncode == 1
+    for rank in (0, 1):
+        lines = lines_of_rank(result, rank)
+        assert "Timeout (0:00:10)!" in lines
+        assert "in test_hang" in lines
+
+
+def lines_of_rank(result, rank):
+    prefix = f"[{rank}]<stderr>:"
+    lines = result.stderr.splitlines()
+    return "\n".join(line for line in lines if line.startswith(prefix))

@@ -1,0 +1,112 @@
+"""The benchmarks of communication, in small, on two ranks."""
+
+import functools
+import time
+
+import keras
+import pytest
+import tensorflow as tf
+
+import horovod_recipes.keras as hvd
+from benchmarks.speed import allreduce
+from benchmarks.speed import scaling
+from benchmarks.speed import xla_step
+
+
+def network():
+    inputs = keras.Input((8, 8, 3), dtype="uint8")
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    x = keras.layers.Flatten()(keras.layers.Conv2D(8, 3)(x))
+    return keras.Model(inputs, keras.layers.Dense(10)(x))
+
+
+def test_ways_of_averaging_give_the_means():
+    shapes = [(3, 4), (5,)]
+    tf.random.set_seed(hvd.rank())
+    ways = allreduce.contenders(shapes)
+    tf.random.set_seed(hvd.rank())
+    own = [tf.random.normal(shape) for shape in shapes]
+    means = [
+        sum(pair) / 2 for pair in zip(*hvd.allgather_object(own), strict=True)
+    ]
+    for name, average in ways.items():
+        found = average()
+        if name.endswith("flat"):
+            found = [tf.reshape(found[0][:12], (3, 4)), found[0][12:]]
+        for a, b in zip(found, means, strict=True):
+            tf.debugging.assert_near(a, b, rtol=2e-3, atol=2e-3, message=name)
+
+
+def test_allreduce_reports_each_way():
+    result = allreduce.measure([(3, 4), (5,)], rounds=3)
+    assert (result["variables"], result["parameters"]) == (2, 17)
+    lines = {line["way"]: line for line in result["results"]}
+    assert lines[allreduce.BARE]["ratio"] == [1.0, 1.0, 1.0]
+    assert all(line["ms"][1] <= line["ms"][2] for line in lines.values())
+    assert {allreduce.OURS, f"{allreduce.OURS}, fp16"} <= lines.keys()
+
+
+def test_xla_step_compares_the_two():
+    lines = xla_step.measure(network, micro_batch=2, accumulation=2, rounds=2)
+    assert [line["xla"] for line in lines] == [False, True]
+    assert lines[0]["ratio"] == [1.0, 1.0, 1.0]
+    assert lines[1]["images_per_second"][0] > 0
+
+
+def test_speeds_of_ranks_together_apart_and_alone():
+    calls = {"all": 0, "alone": 0}
+
+    def update(kind):
+        calls[kind] += 1
+        # The slowest rank's time counts, where it takes part.
+        time.sleep(0.05 + 0.2 * hvd.rank())
+
+    found = scaling.speeds(
+        {kind: functools.partial(update, kind) for kind in calls},
+        images=10,
+        barrier=scaling.named_allreduce("barrier_of_test"),
+        rounds=3,
+    )
+    assert calls == {"all": 3, "alone": 3 if hvd.rank() else 6}
+    # 10 images a rank, in 0.25 s at least; rank 0 alone needs 0.05 s.
+    for kind, most in {"all": 80, "apart": 80, "alone": 200}.items():
+        assert len(found[kind]) == 3
+        assert 0 < max(found[kind]) <= most
+
+
+def test_launched_ranks_are_those_of_horovod():
+    assert scaling.launched_ranks() == hvd.size()
+
+
+def test_parts_of_an_update_from_a_timeline():
+    """Rank 0 computes for 5 s, waits for 1, reduces for 2, updates for 3."""
+
+    def lane(pid, name):
+        args = {"name": name}
+        return {"name": "process_name", "ph": "M", "pid": pid, "args": args}
+
+    def span(pid, name, begin, end):
+        return [
+            {"ph": "B", "name": name, "ts": begin * 1e6, "pid": pid},
+            {"ph": "E", "ts": end * 1e6, "pid": pid},
+        ]
+
+    events = [
+        lane(1, "barrier_1of1"),
+        lane(2, "mark_begins_1of1"),
+        lane(3, "gradients_1of2"),
+        lane(4, "gradients_2of2"),
+        lane(5, "mark_ends_1of1"),
+        *span(2, "NEGOTIATE_ALLREDUCE", 8, 9),
+        *span(2, "ALLREDUCE", 9, 10),
+        *span(1, "NEGOTIATE_ALLREDUCE", 10, 30),
+        *span(3, "NEGOTIATE_ALLREDUCE", 15, 16),
+        *span(4, "NEGOTIATE_ALLREDUCE", 15.1, 16),
+        *span(3, "ALLREDUCE", 16, 17),
+        *span(4, "ALLREDUCE", 16.5, 18),
+        *span(5, "NEGOTIATE_ALLREDUCE", 21, 22),
+        *span(5, "ALLREDUCE", 22, 23),
+    ]
+    assert scaling.parts_of_update(events) == pytest.approx(
+        {"compute": 5, "wait": 1, "allreduce": 2, "update": 3}
+    )
