@@ -1,4 +1,5 @@
-# Two commands do it all on a fresh machine: make demo, make test.
+# What this repository does, on Linux with a Python 3.10 to 3.13, g++ and make:
+# `make help` lists it. The first target makes .venv, with Horovod built in it.
 #
 #   make demo PYTHON=python3.12 ARGS='--config.seed=3'
 #   make demo TENSORFLOW='tensorflow[and-cuda]==2.21.0'    TensorFlow for GPUs
@@ -14,106 +15,49 @@ TIMM ?= timm==1.0.31
 WORKDIR ?= runs/demo
 ARGS ?=
 
-# The interpreter itself, also where PYTHON is that of an active environment.
-BASE_PYTHON := $(shell $(PYTHON) -c 'import sys; print(sys._base_executable)')
-ifeq ($(BASE_PYTHON),)
-$(error $(PYTHON) does not run; name a Python 3.10 to 3.12: make PYTHON=...)
-endif
-
-BIN := $(CURDIR)/.venv/bin
 export TFDS_DATA_DIR ?= $(CURDIR)/data
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-MPICXX := $(shell command -v mpicxx 2> /dev/null)
-NO_MPI = no mpicxx here (Debian: libopenmpi-dev, openmpi-bin): no test under MPI
-
-DATA := $(TFDS_DATA_DIR)/mnist5k/1.0.0/dataset_info.json
+# The interpreter itself, even where PYTHON belongs to an active environment.
+BASE_PYTHON := $(shell "$(PYTHON)" -c \
+  'import sys; print(sys._base_executable)' 2> /dev/null)
 SETTINGS := $(BASE_PYTHON) $(TENSORFLOW) $(CONSTRAINTS)
+MPICXX := $(shell command -v mpicxx 2> /dev/null)
 
-# Every job has a time limit, in seconds, and ends its own processes. Without
-# --gloo, horovodrun takes MPI where Horovod was built with it.
-TWO_RANKS = timeout --kill-after=10 1800 \
-  $(BIN)/horovodrun --gloo -np 2 $(BIN)/python
-TWO_MPI_RANKS = timeout --kill-after=10 1800 \
-  $(BIN)/horovodrun --mpi -np 2 $(BIN)/python
-# A test that hangs, on either rank, has both write the stacks of their threads
-# and end.
-PARALLEL_PYTEST = -m pytest -o faulthandler_exit_on_timeout=true
-TRAIN_DEMO = -m horovod_recipes.train --config=demo --overwrite
+# Paths are relative, or escaped here, because make splits names at spaces.
+BIN := .venv/bin
+SPACE := $() $()
+DATA := $(subst $(SPACE),\ ,$(TFDS_DATA_DIR))/mnist5k/1.0.0/dataset_info.json
 
-ANY_BACKEND_TESTS = $(addprefix tests/keras_lars/, \
+# A job that hangs ends after this many seconds.
+JOB := timeout --kill-after=10 1800
+# Without --gloo, horovodrun takes MPI where Horovod was built with it.
+TWO_RANKS := $(JOB) $(BIN)/horovodrun --gloo -np 2 $(BIN)/python
+TWO_MPI_RANKS := $(JOB) $(BIN)/horovodrun --mpi -np 2 $(BIN)/python
+PYTEST := $(BIN)/python -m pytest
+# Where one rank hangs, both print the stacks of their threads, and exit.
+PARALLEL_PYTEST := -m pytest -o faulthandler_exit_on_timeout=true tests/parallel
+TRAIN_DEMO := -m horovod_recipes.train --config=demo --overwrite
+
+ANY_BACKEND_TESTS := $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py)
 
-.PHONY: demo test lint unit-tests parallel-tests mpi-tests job-tests \
-  test-cluster slurm-tests torch-tests gpu-build-test demo-seeds bench clean \
-  always
+.PHONY: help demo demo-seeds test lint docs unit-tests parallel-tests \
+  mpi-tests job-tests test-cluster slurm-tests torch-tests gpu-build-test \
+  bench clean always
 
+## help            list the targets
+help:
+	@sed -n 's/^## /make /p' Makefile
+
+## demo            train on two ranks: one minute, once .venv exists
 demo: .venv/done $(DATA)
-	$(TWO_RANKS) $(TRAIN_DEMO) --workdir=$(WORKDIR) $(ARGS)
-	@cat $(WORKDIR)/summary.json
+	$(TWO_RANKS) $(TRAIN_DEMO) --workdir="$(WORKDIR)" $(ARGS)
+	@cat "$(WORKDIR)/summary.json"
 
-test: lint unit-tests parallel-tests
-
-lint: .venv/done
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-# The doctests are those of the README and of the docstrings.
-unit-tests: .venv/done $(DATA)
-	timeout --kill-after=10 1800 $(BIN)/python -m pytest
-	KERAS_BACKEND=jax timeout --kill-after=10 600 $(BIN)/python -m pytest \
-	  $(ANY_BACKEND_TESTS)
-
-# PyPI's torch for Linux brings CUDA, several GB; the CPU's is on its own index.
-torch-tests: .venv/done
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
-	KERAS_BACKEND=torch timeout --kill-after=10 600 $(BIN)/python -m pytest \
-	  $(ANY_BACKEND_TESTS)
-	timeout --kill-after=10 600 $(BIN)/python -m pytest \
-	  tests/keras_lars/exactness_test.py -k timm
-
-parallel-tests: .venv/done $(DATA)
-	$(TWO_RANKS) $(PARALLEL_PYTEST) tests/parallel
-
-# The same under MPI, and whole jobs.
-mpi-tests: .venv/done $(DATA)
-ifdef MPICXX
-	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) tests/parallel
-	timeout --kill-after=10 1200 $(BIN)/python -m pytest tests/mpi_jobs
-else
-	@echo "$(NO_MPI)"
-endif
-
-# Builds Horovod for GPUs, in an environment of its own, and loads it on this
-# machine, which needs no GPU. Downloads 2 GB.
-gpu-build-test:
-	$(BASE_PYTHON) -m venv --clear build/gpu
-	build/gpu/bin/python -m pip install --quiet --constraint constraints.txt \
-	  "$(GPU_TENSORFLOW)" pytest
-	build/gpu/bin/python -m horovod_recipes.install_horovod --gpu
-	timeout --kill-after=10 600 build/gpu/bin/python -m pytest tests/gpu_build
-	rm -rf build/gpu
-
-# Whole jobs: killed, resumed; ImageNet's recipes, on photos that this downloads.
-job-tests: .venv/done $(DATA)
-	$(BIN)/python -m benchmarks.photos
-	timeout --kill-after=10 3000 $(BIN)/python -m pytest tests/whole_jobs
-
-# As root on Linux, with iproute2 and openssh-server: jobs on two hosts made of
-# network namespaces, of which links are cut and ranks are killed.
-test-cluster: .venv/done $(DATA)
-	$(BIN)/python -m tests.cluster.hosts
-	timeout --kill-after=30 2400 $(BIN)/python -m pytest tests/cluster
-
-# As root on Debian: installs Slurm, and starts it for one node.
-slurm-tests: .venv/done $(DATA)
-	timeout --kill-after=10 1200 tests/slurm/run.sh
-
-# The demo over five seeds, for the README: 11 minutes on 2 cores.
+## demo-seeds      train the demo with five seeds, and write docs/results
 demo-seeds: .venv/done $(DATA)
-	mkdir -p docs/results
 	rm -f docs/results/demo_seeds.jsonl
 	for seed in 0 1 2 3 4; do \
 	  $(TWO_RANKS) $(TRAIN_DEMO) --config.seed=$$seed \
@@ -124,35 +68,99 @@ demo-seeds: .venv/done $(DATA)
 	  lines = open("docs/results/demo_seeds.jsonl"); \
 	  top1 = [json.loads(line)["top1"] for line in lines]; \
 	  print("mean top-1:", sum(top1) / 5, "lowest:", min(top1)); \
-	  assert sum(top1) / 5 >= 97 and min(top1) >= 96.5'
+	  assert sum(top1) / 5 >= 97.5 and min(top1) >= 97'
 
-# What is measured of speed, into docs/results/report.md: half an hour on 2 cores
-# that have nothing else to do. PyTorch and timm are among the peers.
+## test            check what every change must pass
+test: lint docs unit-tests parallel-tests
+
+## lint            check the style of the code
+lint: .venv/done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+## docs            build the site in site/; a broken link fails
+docs: .venv/done
+	$(BIN)/python -m mkdocs build --strict
+
+## unit-tests      test on one rank, with every example of the documents
+unit-tests: .venv/done $(DATA)
+	$(JOB) $(PYTEST)
+	KERAS_BACKEND=jax $(JOB) $(PYTEST) $(ANY_BACKEND_TESTS)
+
+## parallel-tests  test the binding and the job on two ranks
+parallel-tests: .venv/done $(DATA)
+	$(TWO_RANKS) $(PARALLEL_PYTEST)
+
+## mpi-tests       test the same under MPI, and whole jobs
+mpi-tests: .venv/done $(DATA)
+ifdef MPICXX
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST)
+	$(JOB) $(PYTEST) tests/mpi_jobs
+else
+	@echo "skipped: no mpicxx (Debian: libopenmpi-dev, openmpi-bin)"
+endif
+
+## job-tests       test whole jobs: killed, resumed; downloads 20 photos
+job-tests: .venv/done $(DATA)
+	$(BIN)/python -m benchmarks.photos
+	timeout --kill-after=10 3000 $(PYTEST) tests/jobs
+
+## test-cluster    test on two hosts made of network namespaces; needs root
+test-cluster: .venv/done $(DATA)
+	$(BIN)/python -m tests.cluster.hosts
+	timeout --kill-after=30 2400 $(PYTEST) tests/cluster
+
+## slurm-tests     test under a Slurm that this installs; needs root on Debian
+slurm-tests: .venv/done $(DATA)
+	$(JOB) tests/slurm/run.sh
+
+## torch-tests     test keras_lars on PyTorch, and against timm
+# The package index of PyTorch has builds for CPUs; PyPI's bring CUDA.
+torch-tests: .venv/done
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
+	KERAS_BACKEND=torch $(JOB) $(PYTEST) $(ANY_BACKEND_TESTS)
+	$(JOB) $(PYTEST) tests/keras_lars/exactness_test.py -k timm
+
+## gpu-build-test  build Horovod for GPUs; needs no GPU, downloads 2 GB
+gpu-build-test: .settings
+	"$(BASE_PYTHON)" -m venv --clear build/gpu
+	build/gpu/bin/python -m pip install --quiet --constraint constraints.txt \
+	  "$(GPU_TENSORFLOW)" pytest
+	build/gpu/bin/python -m horovod_recipes.install_horovod --gpu
+	$(JOB) build/gpu/bin/python -m pytest tests/gpu_build
+	rm -rf build/gpu
+
+## bench           measure speed: half an hour on a quiet machine
 bench: .venv/done
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
 	$(BIN)/python -m benchmarks.photos
 	$(BIN)/python -m benchmarks.speed.bench
 
-# With other settings the environment is made anew: two builds of TensorFlow
-# in one environment overwrite each other.
-.venv/done: .settings .mpi setup.py constraints.txt horovod_recipes/install_horovod.py
-	$(BASE_PYTHON) -m horovod_recipes.install_horovod --check
-	$(BASE_PYTHON) -m venv $(if $(filter .settings,$?),--clear) .venv
+## clean           delete all that these targets have made
+clean:
+	rm -rf .venv .settings .mpi data runs build site *.egg-info
+
+# New settings make a new environment: two builds of TensorFlow in one
+# environment overwrite each other.
+.venv/done: .settings .mpi setup.py constraints.txt \
+  horovod_recipes/install_horovod.py
+	"$(BASE_PYTHON)" -m horovod_recipes.install_horovod --check
+	"$(BASE_PYTHON)" -m venv $(if $(filter .settings,$?),--clear) .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
-	  "$(TENSORFLOW)" --editable ".[recipes,demo,test]"
+	  "$(TENSORFLOW)" --editable ".[recipes,demo,test,docs]"
 	$(BIN)/python -m horovod_recipes.install_horovod
 	touch $@
 
 .settings: always
+	@$(if $(BASE_PYTHON),,$(error $(PYTHON) does not run; \
+	  name a Python 3.10 to 3.13: make demo PYTHON=python3.12))
 	@echo "$(SETTINGS)" | cmp --silent - $@ || echo "$(SETTINGS)" > $@
 
-# Where MPI comes or goes, Horovod alone is installed anew.
+# Where MPI comes or goes, only Horovod is installed again.
 .mpi: always
 	@echo "$(MPICXX)" | cmp --silent - $@ || echo "$(MPICXX)" > $@
 
 $(DATA): | .venv/done
 	$(BIN)/python -m horovod_recipes.data mnist5k
-
-clean:
-	rm -rf .venv .settings .mpi data runs build *.egg-info

@@ -38,6 +38,7 @@ setuptools.setup(
         # For keras_lars.callbacks.TrustRatioLogger, beside TensorFlow.
         "telemetry": ["matplotlib", "tensorboard"],
         "bench": ["absl-py", "jax", "matplotlib", "optax"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": ["jax", "jsonschema", "optax", "pytest", "ruff"],
     },
     classifiers=[

@@ -1,15 +1,17 @@
-"""Builds and installs Horovod against the TensorFlow that is installed.
+"""Builds and installs Horovod for the TensorFlow that is installed.
 
     python -m horovod_recipes.install_horovod [--gpu] [--check]
 
-It has Gloo, and MPI where `mpicxx` is found. With `--gpu` it has CUDA and NCCL
-too, against NVIDIA's packages on PyPI (docs/gpu_build.md). With `--check` this
-only looks whether the machine can build it.
+The build supports Gloo, and MPI if `mpicxx` is found. With `--gpu` it also
+supports CUDA and NCCL, from NVIDIA's packages on PyPI (docs/gpu_build.md). With
+`--check` the command only checks that this machine can build Horovod.
 
-Horovod's last release does not compile against TensorFlow 2.16 and later: one
-source file, of XLA operations for GPUs, includes headers that moved. Without
-them it holds no code, so this leaves it out. The wheel is cached by Python,
-TensorFlow and build options under the user's cache folder.
+Horovod's last release does not compile against TensorFlow 2.16 and later,
+because one source file includes headers that have moved. The file holds XLA
+operations for GPUs, and is empty in other builds. This command leaves it out.
+It caches the wheel by Python, TensorFlow and build options, in the user's cache
+folder. This file imports the standard library alone, since it runs before
+anything is installed.
 """
 
 import importlib.metadata
@@ -28,14 +30,17 @@ HOROVOD_VERSION = "0.28.1"
 HOROVOD_SHA256 = (
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 )
-PYTHON_VERSIONS = ((3, 10), (3, 11), (3, 12))
+# First and last supported versions, both included.
+PYTHON_VERSIONS = ((3, 10), (3, 13))
 TENSORFLOW_VERSIONS = ((2, 16), (2, 21))
+# Packages that Horovod imports when it runs.
 RUN_REQUIREMENTS = ("cloudpickle", "packaging", "psutil", "pyyaml")
-# Horovod's setup.py also needs those of the run while it builds.
+# Packages that Horovod's setup.py imports.
 BUILD_REQUIREMENTS = ("setuptools==80.9.0", "wheel==0.48.0", *RUN_REQUIREMENTS)
+# Installed for the build if the machine has no CMake.
 CMAKE_REQUIREMENT = "cmake==3.31.6"
-# A whole compiler is on PyPI from CUDA 13 on: its kernels need NVIDIA's driver
-# 580 or later. CUDA's runtime is the one that TensorFlow loads.
+# PyPI has a complete compiler from CUDA 13 on. Its kernels need driver 580 or
+# later. At run time, Horovod uses the CUDA runtime that TensorFlow loads.
 CUDA_REQUIREMENTS = (
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-cuda-crt==13.0.88",
@@ -43,25 +48,27 @@ CUDA_REQUIREMENTS = (
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 )
-# From T4 to Blackwell, in CUDA's numbers of compute capabilities.
+# Compute capabilities, times 10, of GPUs from the T4 to Blackwell.
 CUDA_ARCHITECTURES = "75,80,86,89,90,100,120"
-# NCCL is shared with TensorFlow: this is what tensorflow[and-cuda] asks for.
+# Horovod shares NCCL with TensorFlow; tensorflow[and-cuda] requires this one.
 NCCL_REQUIREMENT = "nvidia-nccl-cu12>=2.27.7,<3"
+# The only TensorFlow that the GPU build was tested with.
 GPU_TENSORFLOW = "2.21"
 FIX = "run: python -m horovod_recipes.install_horovod"
 MPI_FIX = "mpicxx was not found (Debian: libopenmpi-dev, openmpi-bin)"
 
 
 class InstallError(Exception):
-    """What is missing, in one line with the fix."""
+    """Says in one line what is missing, and how to fix it."""
 
 
 def main(arguments):
+    """Runs the command; returns its exit status."""
     try:
         unknown = set(arguments) - {"--gpu", "--check"}
         if unknown:
             raise InstallError(
-                f"unknown argument {min(unknown)}; there are --gpu and --check"
+                f"unknown argument {min(unknown)}; use --gpu or --check"
             )
         check_machine()
         if "--check" not in arguments:
@@ -88,11 +95,11 @@ def install(gpu):
     )
     reason_to_build = why_not_current(tensorflow, options)
     if reason_to_build is None:
-        print(f"{what} is here")
+        print(f"{what} is installed")
         return
     print(reason_to_build, flush=True)
     if "mpi" not in options:
-        print(f"no MPI in this build: {MPI_FIX}", flush=True)
+        print(f"building without MPI: {MPI_FIX}", flush=True)
     pip("install", *run_requirements(options))
     wheel = cached_wheel(tensorflow, options)
     was_cached = wheel.exists()
@@ -103,14 +110,14 @@ def install(gpu):
     except InstallError:
         if not was_cached:
             raise
-        # It may be of another machine that shares the folder, say.
+        # The cache may hold a wheel from another machine.
         build_wheel(wheel, options)
         install_wheel(wheel, options)
     print(f"installed {what}")
 
 
 def install_wheel(wheel, options):
-    """Installs a wheel and proves that it works; if not, leaves neither."""
+    """Installs a wheel and proves that it works; otherwise removes both."""
     try:
         pip("install", "--force-reinstall", "--no-deps", str(wheel))
         prove(options)
@@ -121,12 +128,13 @@ def install_wheel(wheel, options):
 
 
 def check_machine():
-    """Raises `InstallError` where a build cannot work."""
-    version = sys.version_info[:2]
-    if version not in PYTHON_VERSIONS:
+    """Raises `InstallError` if this machine cannot build Horovod."""
+    version, (first, last) = sys.version_info[:2], PYTHON_VERSIONS
+    if not first <= version <= last:
         raise InstallError(
-            f"Python {version[0]}.{version[1]} is not supported; use Python "
-            "3.10, 3.11 or 3.12"
+            f"Python {dotted(version)} is not supported; use Python "
+            f"{dotted(first)} to {dotted(last)}, for example with: "
+            f"make demo PYTHON=python{dotted(last)}"
         )
     if not sys.platform.startswith("linux"):
         raise InstallError(
@@ -141,10 +149,14 @@ def check_machine():
             )
 
 
+def dotted(version):
+    return ".".join(map(str, version))
+
+
 def tensorflow_version():
-    """Returns the version of the TensorFlow that is installed."""
-    lowest, highest = TENSORFLOW_VERSIONS
-    supported = f"{lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}"
+    """Returns the version of the installed TensorFlow."""
+    first, last = TENSORFLOW_VERSIONS
+    supported = f"{dotted(first)} to {dotted(last)}"
     for package in ("tensorflow", "tensorflow-cpu"):
         try:
             version = importlib.metadata.version(package)
@@ -156,7 +168,7 @@ def tensorflow_version():
             f"TensorFlow is not installed; install one of {supported}, for "
             "example with: pip install tensorflow-cpu"
         )
-    if not lowest <= tuple(map(int, version.split(".")[:2])) <= highest:
+    if not first <= tuple(map(int, version.split(".")[:2])) <= last:
         raise InstallError(
             f"TensorFlow {version} is not supported; install one of {supported}"
         )
@@ -164,22 +176,22 @@ def tensorflow_version():
 
 
 def check_tensorflow_for_gpu(version):
-    """Raises `InstallError` unless this TensorFlow is one for GPUs."""
+    """Raises `InstallError` unless TensorFlow can build for GPUs."""
     fix = f"install tensorflow[and-cuda]=={GPU_TENSORFLOW}.*"
     if not version.startswith(f"{GPU_TENSORFLOW}."):
         raise InstallError(
-            f"--gpu was not tried with TensorFlow {version}; {fix}"
+            f"--gpu was not tested with TensorFlow {version}; {fix}"
         )
     try:
         importlib.metadata.version("tensorflow")
     except importlib.metadata.PackageNotFoundError:
         raise InstallError(
-            f"--gpu is of no use with tensorflow-cpu; {fix}"
+            f"--gpu does not work with tensorflow-cpu; {fix}"
         ) from None
 
 
 def build_options(gpu):
-    """Returns what to build Horovod with; each has its `hvd.NAME_built()`."""
+    """Returns what to build Horovod with, each as in `hvd.NAME_built()`."""
     mpi = ("mpi",) if shutil.which("mpicxx") else ()
     return ("gloo", *mpi, *(("cuda", "nccl") if gpu else ()))
 
@@ -191,7 +203,7 @@ def run_requirements(options):
 
 
 def why_not_current(tensorflow, options):
-    """Returns why the installed Horovod does not do, in a line, or None."""
+    """Returns why Horovod has to be installed, in one line, or None."""
     try:
         version = importlib.metadata.version("horovod")
     except importlib.metadata.PackageNotFoundError:
@@ -210,7 +222,7 @@ def why_not_current(tensorflow, options):
 def built_for():
     """Returns the TensorFlow version that the installed Horovod was built for.
 
-    None if it was built without TensorFlow, or its files are not there.
+    Returns None if Horovod was built without TensorFlow, or is incomplete.
     """
     spec = importlib.util.find_spec("horovod")
     if spec is None:
@@ -224,7 +236,7 @@ def built_for():
 
 
 def check_installed():
-    """Raises `ImportError` unless a Horovod that fits is installed."""
+    """Raises `ImportError` unless the installed Horovod fits TensorFlow."""
     if importlib.util.find_spec("horovod") is None:
         raise ImportError(
             "Horovod is not installed here; activate the environment that has "
@@ -242,7 +254,7 @@ def check_installed():
 
 
 def cached_wheel(tensorflow, options):
-    """Returns where the wheel is, or will be once it is built."""
+    """Returns the path of the wheel, which may not exist yet."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     platform = sysconfig.get_platform().replace("-", "_")
@@ -254,12 +266,13 @@ def cached_wheel(tensorflow, options):
 
 
 def build_wheel(wheel, options):
-    """Builds Horovod from its source on PyPI and puts the wheel in place."""
-    print("building Horovod: takes 2 to 4 minutes on 2 cores", flush=True)
+    """Builds Horovod from its source on PyPI, and caches the wheel."""
+    print("building Horovod: 2 to 4 minutes on 2 cores", flush=True)
     wheel.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="horovod-build-") as folder:
         folder = pathlib.Path(folder)
         environment = build_environment(folder / "requirements", options)
+        python = python_without_spaces(folder / "python")
         source = unpack_source(folder, environment)
         leave_out_xla_operations(source)
         if "cuda" in options:
@@ -274,21 +287,33 @@ def build_wheel(wheel, options):
             str(folder / "wheel"),
             str(source),
             environment=environment,
+            python=python,
         )
         (built,) = (folder / "wheel").glob("horovod-*.whl")
-        # A rename within one folder is atomic: no half-written wheel is seen.
+        # A rename within one folder is atomic.
         part = wheel.with_name(f".{wheel.name}.{os.getpid()}")
         shutil.copy(built, part)
         os.replace(part, wheel)
 
 
+def python_without_spaces(link):
+    """Returns the path of this Python; links to it if that has a space.
+
+    Horovod's CMake files split TensorFlow's compiler flags at spaces.
+    """
+    if " " not in sys.executable:
+        return sys.executable
+    link.symlink_to(sys.prefix)
+    return str(link / pathlib.Path(sys.executable).relative_to(sys.prefix))
+
+
 def build_environment(folder, options):
-    """Installs what the build needs into a folder; returns the environment."""
+    """Installs the build's packages in a folder; returns the environment."""
     requirements = list(BUILD_REQUIREMENTS)
     if shutil.which("cmake") is None:
         requirements.append(CMAKE_REQUIREMENT)
     pip("install", "--target", str(folder), *requirements)
-    # The caller's settings for Horovod's build are not in the cache's key.
+    # The name of the cached wheel does not hold the user's build settings.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -303,7 +328,7 @@ def build_environment(folder, options):
                 os.environ.get("PATH", ""),
             ]
         ),
-        # CMake 4 refuses the third-party folders' old minimum versions.
+        # CMake 4 otherwise refuses Horovod's third-party libraries.
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
         "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
         "HOROVOD_WITH_TENSORFLOW": "1",
@@ -317,7 +342,7 @@ def build_environment(folder, options):
 
 
 def unpack_source(folder, environment):
-    """Downloads Horovod's source, with its hash checked, and unpacks it."""
+    """Downloads Horovod's source, checks its hash, and unpacks it."""
     pinned = folder / "horovod.txt"
     pinned.write_text(
         f"horovod=={HOROVOD_VERSION} --hash=sha256:{HOROVOD_SHA256}\n"
@@ -341,21 +366,22 @@ def unpack_source(folder, environment):
 
 
 def cuda_environment(folder, environment):
-    """Installs CUDA's compiler into a folder; returns what the build needs."""
+    """Installs CUDA's compiler in a folder; returns the build's variables."""
     pip("install", "--no-deps", "--target", str(folder), *CUDA_REQUIREMENTS)
     home = folder / "nvidia" / "cu13"
     nccl = pathlib.Path(sysconfig.get_path("purelib"), "nvidia", "nccl")
-    # The packages have no names to link by, and CMake looks in lib64.
+    # The packages lack the names that linkers look for. CMake reads lib64.
     (home / "lib64").symlink_to("lib")
     (home / "lib" / "libcudart.so").symlink_to("libcudart.so.13")
     (home / "lib" / "libnccl.so").symlink_to(nccl / "lib" / "libnccl.so.2")
+    (home / "nccl").symlink_to(nccl)
     return {
         "PATH": os.pathsep.join([str(home / "bin"), environment["PATH"]]),
         "HOROVOD_CUDA_HOME": str(home),
         "HOROVOD_BUILD_CUDA_CC_LIST": CUDA_ARCHITECTURES,
         "HOROVOD_GPU": "CUDA",
         "HOROVOD_GPU_OPERATIONS": "NCCL",
-        "HOROVOD_NCCL_INCLUDE": str(nccl / "include"),
+        "HOROVOD_NCCL_INCLUDE": str(home / "nccl" / "include"),
         "HOROVOD_NCCL_LIB": str(home / "lib"),
         "HOROVOD_NCCL_LINK": "SHARED",
         "HOROVOD_WITHOUT_NVTX": "1",
@@ -363,13 +389,14 @@ def cuda_environment(folder, environment):
 
 
 def leave_out_xla_operations(source):
+    """Removes the source file that does not compile from the build."""
     path = source / "horovod" / "tensorflow" / "CMakeLists.txt"
     operations = '"${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc"'
     replace(path, f"list(APPEND TF_SOURCES {operations})\n", "")
 
 
 def take_streams_from_their_handles(source):
-    """Defines the function of TensorFlow that is no longer exported."""
+    """Defines a function that TensorFlow no longer exports."""
     path = source / "horovod" / "tensorflow" / "mpi_ops.cc"
     before = "#endif // HAVE_GPU\n\n// Undef LOG macro from TensorFlow\n"
     definition = """
@@ -386,7 +413,7 @@ GpuStreamHandle AsGpuStreamValue(Stream* stream) {
 
 
 def find_nccl_beside_horovod(source):
-    """Has the library look for NCCL in the environment that it is in."""
+    """Makes the library load NCCL from its own environment."""
     path = source / "horovod" / "tensorflow" / "CMakeLists.txt"
     name = 'set_target_properties(${TF_TARGET_LIB} PROPERTIES PREFIX "")\n'
     search_path = (
@@ -398,16 +425,16 @@ def find_nccl_beside_horovod(source):
 
 
 def replace(path, old, new):
-    """Replaces what must be in a file once."""
+    """Replaces text that must occur once in a file."""
     text = path.read_text()
     assert text.count(old) == 1, f"{path} is not as expected"
     path.write_text(text.replace(old, new))
 
 
 def prove(options):
-    """Imports the installed Horovod in a new process and runs a collective.
+    """Imports the installed Horovod in a new process, and runs an allreduce.
 
-    Raises `InstallError` if it fails, or was built without one of the options.
+    Raises `InstallError` if that fails, or if Horovod lacks one of the options.
     """
     script = (
         "import horovod.tensorflow as hvd, tensorflow as tf; hvd.init(); "
@@ -426,18 +453,19 @@ def prove(options):
         )
 
 
-def pip(*arguments, environment=None):
+def pip(*arguments, environment=None, python=None):
+    """Runs pip with this Python, or with another path of it."""
     run(
         f"pip {arguments[0]} failed",
-        [sys.executable, "-m", "pip", *arguments],
+        [python or sys.executable, "-m", "pip", *arguments],
         environment,
     )
 
 
 def run(failure, command, environment=None):
-    """Runs a command quietly and returns what it printed.
+    """Runs a command, and returns its output.
 
-    Raises `InstallError` with what went wrong.
+    Raises `InstallError` with the reason if the command fails.
     """
     result = subprocess.run(
         command,
@@ -452,13 +480,13 @@ def run(failure, command, environment=None):
         ) as log:
             log.write(result.stdout)
         raise InstallError(
-            f"{failure}: {reason(result.stdout)} (all of it: {log.name})"
+            f"{failure}: {reason(result.stdout)} (full log: {log.name})"
         )
     return result.stdout
 
 
 def reason(log):
-    """Returns the line of a log that says what went wrong."""
+    """Returns the line of a log that says why a command failed."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if any("NewConnectionError" in line for line in lines):
         return "the package index cannot be reached; check the network"

@@ -13,8 +13,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(*arguments, **environment):
+    return run_python(sys.executable, *arguments, **environment)
+
+
+def run_python(python, *arguments, **environment):
     return subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         cwd="/",
         capture_output=True,
@@ -66,8 +70,8 @@ def test_unsupported_tensorflow(tmp_path, version):
 @pytest.mark.parametrize(
     ("package", "message"),
     [
-        ("tensorflow-cpu==2.21.0", "--gpu is of no use with tensorflow-cpu"),
-        ("tensorflow==2.20.0", "--gpu was not tried with TensorFlow 2.20.0"),
+        ("tensorflow-cpu==2.21.0", "--gpu does not work with tensorflow-cpu"),
+        ("tensorflow==2.20.0", "--gpu was not tested with TensorFlow 2.20.0"),
     ],
 )
 def test_gpu_build_needs_a_tensorflow_for_gpus(tmp_path, package, message):
@@ -77,15 +81,35 @@ def test_gpu_build_needs_a_tensorflow_for_gpus(tmp_path, package, message):
 
 def test_unknown_argument():
     result = run("-m", "horovod_recipes.install_horovod", "--gpus")
-    assert_one_line(result, "unknown argument --gpus", "--gpu and --check")
+    assert_one_line(result, "unknown argument --gpus", "--gpu or --check")
 
 
-def test_unsupported_python(monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
-    with pytest.raises(
-        install_horovod.InstallError, match=r"Python 3\.13.*3\.10, 3\.11 or"
-    ):
+@pytest.mark.parametrize("minor", [9, 14])
+def test_unsupported_python(monkeypatch, minor):
+    monkeypatch.setattr(sys, "version_info", (3, minor, 0))
+    with pytest.raises(install_horovod.InstallError) as error:
         install_horovod.check_machine()
+    assert str(error.value) == (
+        f"Python 3.{minor} is not supported; use Python 3.10 to 3.13, for "
+        "example with: make demo PYTHON=python3.13"
+    )
+
+
+def test_build_uses_a_python_without_spaces(tmp_path, monkeypatch):
+    venv = tmp_path / "a b"
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", venv],
+        check=True,
+        timeout=300,
+    )
+    monkeypatch.setattr(sys, "prefix", str(venv))
+    monkeypatch.setattr(sys, "executable", str(venv / "bin" / "python"))
+    link = tmp_path / "link"
+    python = install_horovod.python_without_spaces(link)
+    assert python == str(link / "bin" / "python")
+    # The packages that this Python finds have no space in their path either.
+    script = "import sys; print(sys.prefix)"
+    assert run_python(python, "-c", script).stdout == f"{link}\n"
 
 
 def test_failed_build_leaves_no_wheel(tmp_path, monkeypatch):
