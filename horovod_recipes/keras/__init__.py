@@ -1,16 +1,19 @@
 """Horovod for Keras 3: the names of `horovod.tensorflow.keras`, working.
 
-Horovod 0.28.1's own Keras binding trains without averaging on Keras 3 and
-says nothing. Import this module in its place:
+On Keras 3, the Keras binding of Horovod 0.28.1 trains without averaging, and
+without an error. Import this module instead:
 
     import horovod_recipes.keras as hvd
+
+Importing it changes nothing in Keras. The first `DistributedOptimizer` patches
+two methods of Keras; see `_keras_hooks.py`.
 """
 
 from horovod_recipes.install_horovod import check_installed
 
 check_installed()
 
-# The check comes first: these imports fail badly without a fitting Horovod.
+# The check comes first: without a fitting Horovod these imports fail unclearly.
 # isort: split
 from horovod.tensorflow import Average
 from horovod.tensorflow import Compression
@@ -56,9 +59,10 @@ from horovod_recipes.keras._init import init
 from horovod_recipes.keras._loading import load_model
 from horovod_recipes.keras._optimizer import DistributedOptimizer
 from horovod_recipes.keras._optimizer import PartialDistributedOptimizer
-from horovod_recipes.keras._train_step import split_train_steps
+from horovod_recipes.keras._variables import average_variables
 from horovod_recipes.keras._variables import broadcast_global_variables
 from horovod_recipes.keras._variables import broadcast_variables
+from horovod_recipes.keras._variables import sum_over_ranks
 from horovod_recipes.keras.layers import SyncBatchNormalization
 
 __all__ = [
@@ -74,6 +78,7 @@ __all__ = [
     "allgather",
     "allgather_object",
     "allreduce",
+    "average_variables",
     "broadcast",
     "broadcast_global_variables",
     "broadcast_object",
@@ -108,6 +113,5 @@ __all__ = [
     "size",
     "start_timeline",
     "stop_timeline",
+    "sum_over_ranks",
 ]
-
-split_train_steps()

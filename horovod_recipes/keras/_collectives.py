@@ -17,10 +17,11 @@ def allreduce(
 
     Args:
         value: A number, array or tensor, of the same shape on every rank.
-        name: String, the operation's name. Defaults to one made up.
+        name: String, the operation's name. Defaults to a generated name.
         average: Deprecated by Horovod in favour of `op`.
-        prescale_factor: Float, multiplies before. Defaults to `1.0`.
-        postscale_factor: Float, multiplies after. Defaults to `1.0`.
+        prescale_factor: Float, multiplies each rank's value. Defaults to
+            `1.0`.
+        postscale_factor: Float, multiplies the result. Defaults to `1.0`.
         op: `Average` or `Sum`. Defaults to `Average`.
         compression: `Compression.none` or `Compression.fp16`. Defaults to
             `Compression.none`.
@@ -37,7 +38,7 @@ def allreduce(
 
 
 def allgather(value, name=None):
-    """Returns all ranks' values, put together along the first dimension.
+    """Returns all ranks' values, concatenated along the first dimension.
 
     Only the first dimension may differ between the ranks.
     """
@@ -45,7 +46,7 @@ def allgather(value, name=None):
 
 
 def broadcast(value, root_rank, name=None):
-    """Returns the value that `root_rank` has; all have the same shape."""
+    """Returns the value of `root_rank`. All ranks pass the same shape."""
     return hvd.broadcast(tf.convert_to_tensor(value), root_rank, name=name)
 
 

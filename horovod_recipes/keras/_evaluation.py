@@ -1,4 +1,4 @@
-"""Evaluation in which every example of all ranks counts exactly once."""
+"""Evaluation that counts every example of all ranks exactly once."""
 
 import horovod.tensorflow as hvd
 import keras
@@ -11,7 +11,8 @@ from horovod_recipes.keras._variables import sum_over_ranks
 def evaluate(model, *args, **kwargs):
     """Evaluates a compiled model on the examples of all ranks together.
 
-    Each rank passes its own examples; their numbers may differ.
+    Each rank passes its own examples. The ranks may have different numbers of
+    examples.
 
     Args:
         model: A compiled `keras.Model` with the same weights on every rank.
@@ -22,7 +23,8 @@ def evaluate(model, *args, **kwargs):
         `{metric name: value}`, the same on every rank.
 
     Raises:
-        ValueError: As `global_results`.
+        ValueError: On every rank, if the state of a metric may not add up over
+            ranks, or if the ranks have different states.
     """
     model.evaluate(*args, **kwargs)
     return global_results(model)
@@ -31,24 +33,23 @@ def evaluate(model, *args, **kwargs):
 def global_results(model):
     """Adds up the states of the model's metrics over all ranks.
 
-    The sums are left in the metrics until their next reset.
+    The metrics hold the sums until their next reset.
 
     Returns:
-        `{metric name: value}`, the same on every rank: floats, and NumPy
-        arrays where the result has several numbers.
+        `{metric name: value}`, the same on every rank. A value is a float, or
+        a NumPy array if the result has several numbers.
 
     Raises:
-        ValueError: On every rank, if the state of a metric is not known to add
-            up over ranks, or the ranks have different states.
+        ValueError: On every rank, if the state of a metric may not add up over
+            ranks, or if the ranks have different states.
     """
     check_metrics(model)
     variables = [v for metric in model.metrics for v in metric.variables]
-    # Without this the sum would wait for ever: a rank whose generator had no
-    # examples has not made its metrics.
+    # A rank without examples has no metric states, and its sum would hang.
     shapes = hvd.allgather_object([tuple(v.shape) for v in variables])
     if any(other != shapes[0] for other in shapes):
         raise ValueError(
-            "The ranks' metrics have different states. Did each rank evaluate "
+            "The ranks' metrics have different states. Does each rank evaluate "
             "the same model on 1 example or more? Shapes of the states: "
             + "; ".join(f"rank {r}: {s}" for r, s in enumerate(shapes))
         )
@@ -59,7 +60,7 @@ def global_results(model):
 
 
 def _as_numbers(results):
-    """Returns the results of metrics; those of a metric with several, flat."""
+    """Returns the results of metrics as a flat dictionary of numbers."""
     numbers = {}
     for name, value in results.items():
         if isinstance(value, dict):
@@ -71,7 +72,7 @@ def _as_numbers(results):
 
 
 def check_metrics(model):
-    """Raises where a metric is not known to have states that add up.
+    """Raises an error if the states of a metric may not add up over ranks.
 
     See `horovod_recipes.keras.callbacks.ExactMetrics`.
     """
@@ -79,8 +80,8 @@ def check_metrics(model):
         if not _adds_up(metric):
             raise ValueError(
                 f"The metric {metric.name!r} is a {type(metric).__name__}, "
-                "whose states may not add up over ranks as those of Keras's "
-                "own metrics do. If they do, give the class the attribute "
+                "whose states may not add up over ranks. If they do, as those "
+                "of Keras's own metrics, give the class the attribute "
                 "`states_add_up = True`."
             )
 
@@ -91,7 +92,7 @@ def _adds_up(metric):
         return declared
     if type(metric).__module__.startswith("keras."):
         return True
-    # Of a subclass without variables of its own.
+    # A subclass adds up if it has no variables besides those of Keras's class.
     variables = len(metric.variables)
     if isinstance(metric, keras.metrics.Mean):
         return variables == 2
@@ -99,7 +100,7 @@ def _adds_up(metric):
 
 
 def _leaves(metrics):
-    """Returns the metrics, with those that `compile` was given unwrapped."""
+    """Returns the metrics, without the wrapper that `compile` puts around."""
     leaves = []
     for metric in metrics:
         inner = getattr(metric, "metrics", None)

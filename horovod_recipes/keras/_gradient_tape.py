@@ -3,7 +3,9 @@
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from horovod_recipes.keras._keras_hooks import copy_recording
 from horovod_recipes.keras._reduction import GradientReduction
+from horovod_recipes.keras._reduction import ReductionOptions
 
 
 def DistributedGradientTape(
@@ -21,7 +23,7 @@ def DistributedGradientTape(
 ):
     """Returns a tape whose `gradient` is the mean over all ranks.
 
-    For a training loop of one's own, with an optimizer that is not
+    Use it in a custom training loop, with an optimizer that is not
     distributed:
 
     >>> import keras
@@ -35,8 +37,8 @@ def DistributedGradientTape(
     6.0
 
     Args:
-        gradtape: A `tf.GradientTape`, before or after its `with`. It stays
-            what it is.
+        gradtape: A `tf.GradientTape`, before or after its `with`. It does not
+            change.
 
     The other arguments are those of `DistributedOptimizer`.
 
@@ -54,24 +56,25 @@ def DistributedGradientTape(
         )
     reduction = GradientReduction(
         "DistributedGradientTape",
-        device_dense,
-        device_sparse,
-        compression,
-        sparse_as_dense,
-        gradient_predivide_factor,
-        op,
-        num_groups,
-        groups,
-        process_set,
-        scale_local_gradients,
+        ReductionOptions(
+            device_dense=device_dense,
+            device_sparse=device_sparse,
+            compression=compression,
+            sparse_as_dense=sparse_as_dense,
+            gradient_predivide_factor=gradient_predivide_factor,
+            op=op,
+            num_groups=num_groups,
+            groups=groups,
+            process_set=process_set,
+            scale_local_gradients=scale_local_gradients,
+        ),
     )
     return _DistributedGradientTape(gradtape, reduction)
 
 
 class _DistributedGradientTape(tf.GradientTape):
     def __init__(self, gradtape, reduction):
-        # What the tape has recorded, and how it goes on.
-        self.__dict__.update(gradtape.__dict__)
+        copy_recording(gradtape, self)
         self._reduction = reduction
 
     def register_local_source(self, source):
@@ -90,8 +93,8 @@ class _DistributedGradientTape(tf.GradientTape):
             target: As for `tf.GradientTape.gradient`.
             sources: A variable or a list of them, the same on every rank.
             output_gradients: As for `tf.GradientTape.gradient`.
-            use_generic_names: Of no effect: operations never have the names
-                of variables, which may differ between ranks.
+            use_generic_names: Has no effect. Operations never have the names
+                of variables, because these may differ between ranks.
         """
         gradients = super().gradient(target, sources, output_gradients)
         if not isinstance(sources, (list, tuple)):
@@ -105,7 +108,7 @@ class _DistributedGradientTape(tf.GradientTape):
         output_gradients=None,
         use_generic_names=False,
     ):
-        """Returns (variable, gradient) pairs, those of local ones first."""
+        """Returns two lists of (variable, gradient): local, then reduced."""
         gradients = self.gradient(target, sources, output_gradients)
         local_pairs, global_pairs = [], []
         for pair in zip(sources, gradients, strict=True):

@@ -1,4 +1,4 @@
-"""`hvd.init`, with a default for Open MPI."""
+"""init: starts Horovod, with a default for Open MPI."""
 
 import os
 
@@ -8,10 +8,10 @@ import horovod.tensorflow
 def init(*args, **kwargs):
     """Initializes Horovod, with the arguments of `horovod.tensorflow.init`.
 
-    Where Open MPI connects the ranks, one that waits for others then leaves its
-    core to the threads that train, where it would else spin. With
-    `OMPI_MCA_mpi_yield_when_idle=0` in the environment it spins.
+    Under Open MPI, a rank that waits for the others leaves its core to the
+    threads that train. To make it spin instead, set
+    `OMPI_MCA_mpi_yield_when_idle=0` in the environment.
     """
-    # MPI reads it when it starts, which Horovod has it do now.
+    # Horovod starts MPI in `init`, and MPI reads the variable then.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     horovod.tensorflow.init(*args, **kwargs)

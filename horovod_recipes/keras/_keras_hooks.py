@@ -1,17 +1,189 @@
-"""A clear error where XLA would have to compile an operation of Horovod."""
+"""Every patch and every private name of Keras, TensorFlow and Horovod.
 
+The other modules of this folder reach for them through the functions here.
+`PRIVATE_NAMES` lists the names, and a test looks each of them up.
+"""
+
+import functools
+import typing
+from collections.abc import Callable
+
+import keras
 import tensorflow as tf
+from horovod.common.elastic import State
+from horovod.common.elastic import notification_manager
 from tensorflow.python.ops import control_flow_util
+
+__all__ = [
+    "PRIVATE_NAMES",
+    "Checkpoint",
+    "State",
+    "check_outside_xla",
+    "copy_recording",
+    "install",
+    "is_seed",
+    "layers_of",
+    "moments_of",
+    "notification_manager",
+    "replace_moments",
+    "rmsprop_momentums",
+    "trained_variables",
+]
+
+
+class PrivateName(typing.NamedTuple):
+    """A name that its library does not promise to keep."""
+
+    owner: Callable  # Returns the object that has the name.
+    name: str
+    why: str
+
+
+def _built(optimizer):
+    optimizer.build([keras.Variable([0.0])])
+    return optimizer
+
+
+PRIVATE_NAMES = [
+    PrivateName(
+        lambda: keras.Model,
+        "make_train_function",
+        "Patched: no public hook knows both the optimizer and jit_compile.",
+    ),
+    PrivateName(
+        lambda: keras.optimizers.LossScaleOptimizer,
+        "__init__",
+        "Patched: compile() makes one, and nothing else sees it.",
+    ),
+    PrivateName(
+        lambda: keras.Model,
+        "_flatten_layers",
+        "Model.layers leaves out the layers inside of layers.",
+    ),
+    PrivateName(
+        lambda: keras.layers.BatchNormalization(),
+        "_moments",
+        "A subclass would be named by saved files, and need Horovod to load.",
+    ),
+    PrivateName(
+        lambda: keras.callbacks.ModelCheckpoint,
+        "_save_model",
+        "Both on_epoch_end and on_train_batch_end save through it.",
+    ),
+    PrivateName(
+        lambda: _built(keras.optimizers.SGD()),
+        "_trainable_variables",
+        "Optimizer.variables holds the state, not what is trained.",
+    ),
+    PrivateName(
+        lambda: _built(keras.optimizers.RMSprop(momentum=0.9)),
+        "_momentums",
+        "SGD has a public list of its velocities, RMSprop does not.",
+    ),
+    PrivateName(
+        lambda: control_flow_util,
+        "GraphOrParentsInXlaContext",
+        "TensorFlow has no public way to ask whether XLA compiles a graph.",
+    ),
+]
+
+
+_is_installed = False
+
+
+def install(after_loss_scale_init, make_train_function):
+    """Patches two methods of Keras, in the first call alone.
+
+    Args:
+        after_loss_scale_init: Function of a new `LossScaleOptimizer` and the
+            optimizer inside it.
+        make_train_function: Function of a model, `force`, and Keras's own
+            `make_train_function`, which it stands in for.
+    """
+    global _is_installed
+    if _is_installed:
+        return
+    _is_installed = True
+
+    loss_scale = keras.optimizers.LossScaleOptimizer
+    plain_init = loss_scale.__init__
+
+    @functools.wraps(plain_init)
+    def init(self, inner_optimizer, *args, **kwargs):
+        plain_init(self, inner_optimizer, *args, **kwargs)
+        after_loss_scale_init(self, inner_optimizer)
+
+    loss_scale.__init__ = init
+
+    plain_make = keras.Model.make_train_function
+
+    @functools.wraps(plain_make)
+    def make(self, force=False):
+        return make_train_function(self, force, plain_make)
+
+    keras.Model.make_train_function = make
+
+
+class Checkpoint(keras.callbacks.ModelCheckpoint):
+    """A `ModelCheckpoint` whose subclasses may change how it saves."""
+
+    def save(self, epoch, batch, logs):
+        """Saves the model if the monitored value has improved."""
+        super()._save_model(epoch, batch, logs)
+
+    def _save_model(self, epoch, batch, logs):
+        self.save(epoch, batch, logs)
+
+
+def layers_of(model):
+    """Returns all layers of a model, at any depth."""
+    return list(model._flatten_layers())
+
+
+def moments_of(layer):
+    """Returns the function that computes a batch norm's mean and variance."""
+    return layer._moments
+
+
+def replace_moments(layer, moments):
+    """Has one batch norm compute its mean and variance by `moments`."""
+    layer._moments = moments
+
+
+def trained_variables(optimizer):
+    """Returns the variables that a built optimizer trains."""
+    return optimizer._trainable_variables
+
+
+def rmsprop_momentums(optimizer):
+    """Returns the velocities of an RMSprop; none before it is built."""
+    return getattr(optimizer, "_momentums", [])
+
+
+def is_seed(variable):
+    """Whether a variable is the state of a random generator.
+
+    `keras.random.SeedGenerator` gives its variable this name.
+    """
+    return variable.name == "seed_generator_state"
+
+
+def copy_recording(source, tape):
+    """Makes `tape` hold what the gradient tape `source` has recorded.
+
+    TensorFlow keeps the recording in private attributes; this copies them all.
+    """
+    tape.__dict__.update(source.__dict__)
 
 
 def check_outside_xla(name):
-    """Raises where the operation `name` would be compiled by XLA.
+    """Raises an error where XLA would compile the operation `name`.
+
+    Without this check, TensorFlow fails later and does not say what to do.
 
     Raises:
         ValueError: While the function is traced, on every rank.
     """
-    # TensorFlow has no public name for it. Without the check it fails when the
-    # step runs, and does not say what to do.
     graph = tf.compat.v1.get_default_graph()
     if control_flow_util.GraphOrParentsInXlaContext(graph):
         raise ValueError(

@@ -1,8 +1,10 @@
-"""The reduction of a list of gradients over the ranks, in all its variants.
+"""GradientReduction: the mean or sum of gradients over the ranks.
 
-`DistributedOptimizer` and `DistributedGradientTape` share it.
+`DistributedOptimizer` and `DistributedGradientTape` share it. The allreduce of
+gradients is called here.
 """
 
+import dataclasses
 import functools
 import warnings
 
@@ -14,65 +16,66 @@ from horovod_recipes.keras import _watchdog
 from horovod_recipes.keras._keras_hooks import check_outside_xla
 
 
+@dataclasses.dataclass(frozen=True)
+class ReductionOptions:
+    """How to reduce gradients: arguments of `DistributedOptimizer`.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    device_dense: str
+    device_sparse: str
+    compression: type
+    sparse_as_dense: bool
+    gradient_predivide_factor: float
+    op: int
+    num_groups: int
+    groups: int | list | None
+    process_set: hvd.ProcessSet
+    scale_local_gradients: bool
+
+    def __post_init__(self):
+        _check_op(self.op, self.gradient_predivide_factor)
+        if self.process_set.process_set_id is None:
+            raise ValueError(
+                "Argument `process_set` is not known to Horovod: pass it to "
+                "hvd.init(process_sets=[...]), or to hvd.add_process_set."
+            )
+
+
 class GradientReduction:
     """Replaces gradients by their mean, or sum, over the ranks.
 
     Args:
         name: String, prefix of the operations' names, the same on all ranks.
-
-    The other arguments are those of `DistributedOptimizer`.
+        options: `ReductionOptions`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If the option `groups` is out of its range.
     """
 
-    def __init__(
-        self,
-        name,
-        device_dense,
-        device_sparse,
-        compression,
-        sparse_as_dense,
-        gradient_predivide_factor,
-        op,
-        num_groups,
-        groups,
-        process_set,
-        scale_local_gradients,
-    ):
-        _check_op(op, gradient_predivide_factor)
-        if process_set.process_set_id is None:
-            raise ValueError(
-                "Argument `process_set` is not known to Horovod: pass it to "
-                "hvd.init(process_sets=[...]), or to hvd.add_process_set."
-            )
-        self._groups = _checked_groups(groups, num_groups)
+    def __init__(self, name, options):
         self._name = name
-        self._device_dense = device_dense
-        self._device_sparse = device_sparse
-        self._compression = compression
-        self._sparse_as_dense = sparse_as_dense
-        self._predivide_factor = gradient_predivide_factor
-        self._op = op
-        self._process_set = process_set
-        self._scale_local_gradients = scale_local_gradients
+        self._options = options
+        self._groups = _checked_groups(options.groups, options.num_groups)
         self._local_keys = set()
 
     def register_local(self, var):
-        """Leaves a variable's gradients to each rank, from now on."""
-        self._local_keys.add(_key(var))
+        """Leaves the gradients of a variable to each rank from now on."""
+        self._local_keys.add(variable_key(var))
 
     def is_local(self, variable):
-        return _key(variable) in self._local_keys
+        return variable_key(variable) in self._local_keys
 
     def __call__(self, grads, variables):
-        """Returns the reduced gradients, one for each; None stays None.
+        """Returns the reduced gradients, one per variable; None stays None.
 
-        On a rank outside of the process set they stay what they are.
+        On a rank outside of the process set, the gradients do not change.
         """
         check_outside_xla(f"The reduction of {self._name}")
         reduced = list(grads)
-        if not self._process_set.included():
+        if not self._options.process_set.included():
             return reduced
         present = [i for i, grad in enumerate(grads) if grad is not None]
         local = [i for i in present if self.is_local(variables[i])]
@@ -84,16 +87,19 @@ class GradientReduction:
             )
             for i, result in zip(group, results, strict=True):
                 reduced[i] = result
-        if self._scale_local_gradients:
+        if self._options.scale_local_gradients:
             for i in local:
                 reduced[i] = _divide(grads[i], self._size())
         return reduced
 
     def share_infinities(self, grads, variables):
-        """Returns the gradients with NaN in a shared one if a local one is bad.
+        """Puts NaN into a shared gradient if a local gradient is not finite.
 
-        After the reduction all ranks have that NaN, and so skip a step that a
-        rank's local gradients would have one rank alone skip.
+        After the reduction all ranks have this NaN, so all skip the step.
+        Otherwise the rank with the bad local gradient would skip it alone.
+
+        Returns:
+            The gradients.
         """
         shared, bad = None, []
         for i, grad in enumerate(grads):
@@ -112,10 +118,10 @@ class GradientReduction:
         return grads
 
     def _reduce_group(self, grads, name):
-        if self._sparse_as_dense:
+        if self._options.sparse_as_dense:
             grads = [tf.convert_to_tensor(grad) for grad in grads]
         results = [None] * len(grads)
-        # One grouped operation takes tensors of one type.
+        # A grouped operation takes tensors of one dtype.
         dense = {}
         for i, grad in enumerate(grads):
             if isinstance(grad, tf.IndexedSlices):
@@ -135,37 +141,38 @@ class GradientReduction:
     def _allreduce(self, tensors, name):
         allreduce = functools.partial(
             hvd.grouped_allreduce,
-            op=self._op,
-            prescale_factor=1.0 / self._predivide_factor,
-            postscale_factor=self._predivide_factor,
-            device_dense=self._device_dense,
-            compression=self._compression,
-            process_set=self._process_set,
+            op=self._options.op,
+            prescale_factor=1.0 / self._options.gradient_predivide_factor,
+            postscale_factor=self._options.gradient_predivide_factor,
+            device_dense=self._options.device_dense,
+            compression=self._options.compression,
+            process_set=self._options.process_set,
             name=name,
         )
-        return _watchdog.noted(allreduce)(tensors)
+        return _watchdog.tracked(allreduce)(tensors)
 
     def _allgather(self, slices, name):
         """Returns the sum, or mean, of sparse gradients, each row once.
 
-        Keras's optimizers take the rows of a sparse gradient to be distinct:
-        they would square a row's parts, or clip them, one by one.
+        Keras's optimizers expect distinct rows in a sparse gradient. They would
+        square or clip the parts of a repeated row one by one.
         """
         dtype = slices.values.dtype
-        values, context = self._compression.compress(
+        values, context = self._options.compression.compress(
             tf.cast(slices.values, _sent_dtype(dtype))
         )
-        gather = functools.partial(hvd.allgather, process_set=self._process_set)
-        with tf.device(self._device_sparse):
-            values, indices = _watchdog.noted(
+        gather = functools.partial(
+            hvd.allgather, process_set=self._options.process_set
+        )
+        with tf.device(self._options.device_sparse):
+            values, indices = _watchdog.tracked(
                 lambda tensors: [
                     gather(tensors[0], name=f"{name}_values"),
                     gather(tensors[1], name=f"{name}_indices"),
                 ]
             )([values, slices.indices])
-        values = self._compression.decompress(values, context)
-        # On a GPU the order of these additions, and so the last bit of their
-        # sum, would differ between ranks.
+        values = self._options.compression.decompress(values, context)
+        # On a GPU the order of additions, and so the sum, would differ.
         with tf.device("CPU"):
             rows, positions = tf.unique(indices)
             values = tf.math.unsorted_segment_sum(
@@ -174,20 +181,20 @@ class GradientReduction:
         total = tf.IndexedSlices(
             tf.cast(values, dtype), rows, slices.dense_shape
         )
-        if self._op == hvd.Sum:
+        if self._options.op == hvd.Sum:
             return total
         return _divide(total, self._size())
 
     def _size(self):
-        # An operation rather than a number: an elastic job changes its size.
-        return hvd.size_op(self._process_set.process_set_id)
+        # An operation, not a number: an elastic job changes its size.
+        return hvd.size_op(self._options.process_set.process_set_id)
 
 
 def _check_op(op, gradient_predivide_factor):
     if op == hvd.Adasum:
         raise ValueError(
-            "Argument `op` cannot be Adasum: Horovod has none over Gloo, and "
-            "none for Keras's optimizers at all. Use Average or Sum."
+            "Argument `op` cannot be Adasum: Horovod does not have it over "
+            "Gloo or for Keras's optimizers. Use Average or Sum."
         )
     if op not in (hvd.Average, hvd.Sum):
         raise ValueError(
@@ -200,8 +207,8 @@ def _check_op(op, gradient_predivide_factor):
         )
     if gradient_predivide_factor != 1.0 and op != hvd.Average:
         raise ValueError(
-            "Argument `gradient_predivide_factor` splits the division of an "
-            "average: it needs op=Average."
+            "Argument `gradient_predivide_factor` needs op=Average. "
+            f"Received: gradient_predivide_factor={gradient_predivide_factor!r}"
         )
 
 
@@ -221,7 +228,7 @@ def _checked_groups(groups, num_groups):
         isinstance(group, (list, tuple)) for group in groups
     ):
         return [
-            {v if isinstance(v, str) else _key(v) for v in group}
+            {v if isinstance(v, str) else variable_key(v) for v in group}
             for group in groups
         ]
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
@@ -233,7 +240,7 @@ def _checked_groups(groups, num_groups):
 
 
 def _split(indices, variables, groups):
-    """Returns lists of indices: those whose gradients go together."""
+    """Returns lists of indices whose gradients travel together."""
     if not indices:
         return []
     if groups is None:
@@ -252,7 +259,8 @@ def _split(indices, variables, groups):
         members = [
             i
             for i in left
-            if _key(variables[i]) in group or _path(variables[i]) in group
+            if variable_key(variables[i]) in group
+            or _path(variables[i]) in group
         ]
         left = [i for i in left if i not in members]
         if members:
@@ -266,13 +274,13 @@ def _check_paths(groups, variables):
         for path in group:
             if isinstance(path, str) and path not in paths:
                 raise ValueError(
-                    f"Argument `groups` names {path!r}, which is the path of "
-                    f"no trained variable. Their paths are: {paths}"
+                    f"Argument `groups` names {path!r}, but no trained "
+                    f"variable has this path. Their paths: {paths}"
                 )
 
 
-def _key(variable):
-    """Returns what identifies a variable: names and paths may collide."""
+def variable_key(variable):
+    """Returns a hashable key of a variable. Names and paths may collide."""
     if isinstance(variable, keras.Variable):
         variable = variable.value
     return variable.ref()
@@ -283,7 +291,7 @@ def _path(variable):
 
 
 def _sent_dtype(dtype):
-    """Returns the type to send: Horovod has no bfloat16."""
+    """Returns the dtype to send: Horovod does not have bfloat16."""
     return tf.float32 if dtype == tf.bfloat16 else dtype
 
 

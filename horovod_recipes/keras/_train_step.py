@@ -1,73 +1,68 @@
 """Training steps that XLA compiles up to the allreduce, which it cannot."""
 
-import functools
 import warnings
 
 import keras
 import tensorflow as tf
 
-from horovod_recipes.keras._optimizer import is_distributed
+from horovod_recipes.keras._distributed_apply import is_distributed
+from horovod_recipes.keras._keras_hooks import layers_of
 from horovod_recipes.keras.layers import is_synchronized
 
 
-def split_train_steps():
-    """Has Keras split the steps of models with a distributed optimizer.
+def make_train_function(model, force, plain):
+    """Stands in for `keras.Model.make_train_function`.
 
-    With `jit_compile`, which `compile()` turns on by itself where there is a
-    GPU, XLA compiles the forward and the backward pass and the metrics of each
-    micro-batch into one program, and the optimizer, with its allreduce, runs
-    after it. A model that cannot be split so is trained without XLA, with a
-    warning.
+    With `jit_compile`, which `compile()` turns on where there is a GPU, XLA
+    compiles the forward pass, the backward pass and the metrics of each
+    micro-batch. The optimizer and its allreduce run after that program. A model
+    whose step cannot be split is trained without XLA, with a warning.
 
-    Only the model knows both its optimizer and how it is compiled, and neither
-    `fit` nor `compile()` asks the optimizer, so Keras's class is changed.
+    Args:
+        model: The `keras.Model`.
+        force: Whether to make the function again if the model has one.
+        plain: Keras's own function of the model and `force`.
     """
-    plain = keras.Model.make_train_function
-
-    @functools.wraps(plain)
-    def make_train_function(self, force=False):
-        if self.train_function is not None and not force:
-            return self.train_function
-        optimizer = getattr(self, "optimizer", None)
-        if not is_distributed(optimizer) or not self.jit_compile:
-            return plain(self, force)
-        obstacle = obstacle_to_xla(self)
-        if obstacle:
-            warnings.warn(
-                "The model was compiled with jit_compile on, and is trained "
-                f"without XLA: {obstacle}. To silence this: "
-                "compile(..., jit_compile=False).",
-                stacklevel=4,
-            )
-            self.jit_compile = False
-            return plain(self, force)
-        # XLA would keep the first loss scale of one without variables.
-        if not optimizer.built:
-            optimizer.build(self.trainable_variables)
-        # The function keeps these two as they are while it is made. XLA goes
-        # on compiling evaluation, which has no operations of Horovod.
-        self.train_step = split_train_step(self)
-        self.jit_compile = False
-        try:
-            return plain(self, force)
-        finally:
-            del self.train_step
-            self.jit_compile = True
-
-    keras.Model.make_train_function = make_train_function
+    if model.train_function is not None and not force:
+        return model.train_function
+    optimizer = getattr(model, "optimizer", None)
+    if not is_distributed(optimizer) or not model.jit_compile:
+        return plain(model, force)
+    obstacle = obstacle_to_xla(model)
+    if obstacle:
+        warnings.warn(
+            "The model was compiled with jit_compile on, and is trained "
+            f"without XLA: {obstacle}. To silence this: "
+            "compile(..., jit_compile=False).",
+            stacklevel=5,
+        )
+        model.jit_compile = False
+        return plain(model, force)
+    # XLA would keep the first loss scale of an optimizer without variables.
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    # The function keeps both attributes as they are now. XLA goes on compiling
+    # evaluation, which has no operations of Horovod.
+    model.train_step = split_train_step(model)
+    model.jit_compile = False
+    try:
+        return plain(model, force)
+    finally:
+        del model.train_step
+        model.jit_compile = True
 
 
 def obstacle_to_xla(model):
-    """Returns why the training step cannot be split; None if it can."""
+    """Returns why the training step cannot be split, or None if it can."""
     # Its optimizer has no variables either.
     if not model.built:
         return "it is not built before its first step"
-    # The metrics are updated before the weights, which Keras's own step does
-    # not notice.
+    # A split step updates the metrics before the weights. Keras's own step
+    # gives the same result in either order.
     train_step = getattr(model.train_step, "__func__", None)
     if train_step is not keras.Model.train_step:
         return "it has a train_step of its own"
-    for layer in model._flatten_layers():
+    for layer in layers_of(model):
         if is_synchronized(layer):
             return f"its layer {layer.name!r} needs an allreduce in the step"
     return None
@@ -86,7 +81,7 @@ def split_train_step(model):
 
     def train_step(data):
         logs, gradients = forward_and_backward(data)
-        # None where nothing is trainable.
+        # A model without trainable weights has no gradients.
         if gradients:
             optimizer_apply(gradients, model.trainable_weights)
         return logs

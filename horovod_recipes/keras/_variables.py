@@ -8,7 +8,7 @@ import tensorflow as tf
 def broadcast_variables(
     variables, root_rank, process_set=hvd.global_process_set, inplace=False
 ):
-    """Gives every rank the values that `root_rank` holds.
+    """Copies the variables' values from one rank to all ranks.
 
     Args:
         variables: List of `keras.Variable` or `tf.Variable` of any dtype, in
@@ -16,8 +16,8 @@ def broadcast_variables(
         root_rank: Integer, the rank that sends.
         process_set: The `ProcessSet` of the ranks that call this. Defaults
             to all ranks.
-        inplace: Whether to receive into the variables' own memory, without a
-            copy, where Horovod has the dtype. Defaults to `False`.
+        inplace: Whether to receive into the variables' memory without a copy,
+            if Horovod has the dtype. Defaults to `False`.
     """
     for index, variable in enumerate(variables):
         name = f"broadcast_{index}"
@@ -28,7 +28,7 @@ def broadcast_variables(
                 [variable], root_rank, name=name, process_set=process_set
             )
             continue
-        # Bytes travel whatever the dtype: Horovod takes no bfloat16 or uint32.
+        # Horovod does not have bfloat16 or uint32, so send bytes.
         value = tf.convert_to_tensor(variable)
         data = value if value.dtype == tf.bool else tf.bitcast(value, tf.uint8)
         data = hvd.broadcast(
@@ -40,18 +40,18 @@ def broadcast_variables(
 
 
 def broadcast_global_variables(root_rank):
-    """Raises an error: there is no list of all variables in Keras 3.
+    """Raises an error: Keras 3 does not have a list of all variables.
 
-    Horovod's own works in TensorFlow 1's graphs alone, and raises otherwise.
+    Horovod's own function works only in TensorFlow 1's graphs.
 
     Args:
         root_rank: Integer, the rank that would send.
 
     Raises:
-        RuntimeError: Always; it names what to call instead.
+        RuntimeError: Always. The message names what to call instead.
     """
     raise RuntimeError(
-        "Keras 3 has no list of all variables. Use "
+        "Keras 3 does not have a list of all variables. Use "
         "hvd.broadcast_variables(model.weights + model.optimizer.variables, "
         f"root_rank={root_rank}), or, with model.fit, "
         f"hvd.callbacks.BroadcastGlobalVariablesCallback({root_rank})."
@@ -61,8 +61,12 @@ def broadcast_global_variables(root_rank):
 def average_variables(variables):
     """Sets each float variable to its mean over all ranks.
 
-    The mean is taken in float64, so that values which are equal on all ranks
-    stay as they are, to the last bit, on any number of ranks.
+    The sum is in float64, so a value that is equal on all ranks does not
+    change, not even in its last bit.
+
+    Args:
+        variables: List of `keras.Variable` or `tf.Variable`, in the same order
+            on every rank. Variables of integer dtypes do not change.
     """
     variables = [v for v in variables if tf.as_dtype(v.dtype).is_floating]
     sums = sum_over_ranks(variables)
@@ -71,7 +75,12 @@ def average_variables(variables):
 
 
 def sum_over_ranks(variables):
-    """Returns the float64 sum over all ranks of each variable."""
+    """Returns a float64 tensor per variable, its sum over all ranks.
+
+    Args:
+        variables: List of `keras.Variable`, `tf.Variable` or tensors, in the
+            same order on every rank.
+    """
     if not variables:
         return []
     return hvd.grouped_allreduce(

@@ -1,8 +1,8 @@
-"""Ends a rank that hangs, or that waits for one that does, and names it.
+"""Watchdog: ends a rank that hangs or waits for a hanging rank, and names it.
 
-Horovod's operations wait for all ranks, for ever. What a rank needs to know of
-the others while they are stuck goes through the key-value server with which
-`horovodrun` brings Gloo's ranks together, in a scope of its own.
+Horovod's operations wait for all ranks, without a time limit. While they wait,
+ranks exchange messages through the key-value server of `horovodrun`. Gloo's
+ranks find each other through the same server.
 """
 
 import contextlib
@@ -22,14 +22,13 @@ import keras
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
-# Seconds between two signs of life of a rank, in a job of up to 64 ranks.
-PERIOD = 0.5
-# In larger ones all ranks together ask the server so often in a second.
-REQUESTS = 384
+# Seconds between two beats of a rank, in a job of up to 64 ranks.
+BEAT_PERIOD_SECONDS = 0.5
+# Cap on server requests per second, over all ranks.
+MAX_REQUESTS_PER_SECOND = 384
 # Seconds that the server may take to answer.
-PATIENCE = 1.25
-# A rank that knows what is wrong ends so many seconds after it has told the
-# others, who ask within a period. Then horovodrun leaves them 5 seconds more.
+SERVER_TIMEOUT_SECONDS = 1.25
+# Seconds between reporting a problem and ending, so that other ranks read it.
 SECONDS_TO_SAY_WHY = 5
 
 
@@ -37,22 +36,22 @@ def _folder(module):
     return f"{pathlib.Path(module.__file__).parent}{os.sep}"
 
 
-# Whose code a hang is not explained by.
+# Library folders to skip when reporting where a rank hangs.
 TENSORFLOW = _folder(tf)
 LIBRARIES = (TENSORFLOW, _folder(keras))
 STANDARD_LIBRARY = _folder(os)
-# Where installed packages are, within the standard library's folder too.
+# Installed packages may be in a folder inside the standard library's.
 INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 HOROVOD = _folder(hvd)
 
-# In the message of an UnknownError that comes from one of Horovod's operations,
-# grouped or not, eager or in a graph, where their names are written like this.
+# Names of Horovod's operations, as in the message of an UnknownError.
 _FROM_HOROVOD = re.compile(
     r"Horovod has been shut down|horovod_?(grouped_?)?"
     r"(allreduce|allgather|broadcast|reducescatter|alltoall|join)",
     re.IGNORECASE,
 )
 
+# Errors of a request that has not reached the server.
 NOT_REACHED = (OSError, http.client.HTTPException)
 HOST = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
 
@@ -62,32 +61,33 @@ _blocks = itertools.count()
 
 
 class Watchdog(keras.callbacks.Callback):
-    """Ends this rank with status 1 when training stands still for too long.
+    """Ends this rank with status 1 when training makes no progress.
 
-    A thread watches while the block runs. Progress is every call of this
-    callback: the begin and the end of each batch of training and evaluation,
-    and of each epoch. Without any for `seconds`, the rank writes the stacks of
-    all its threads to stderr, and a line that names the rank that hangs: this
-    one, unless it waits for the others in a collective; or the one that says
-    of itself that it hangs, or of which nothing is heard any more. Then this
-    rank ends. A rank that is killed, or whose host is lost, makes Horovod fail
-    on the others; `lost_rank` then tells its name.
+    A thread watches while the block runs. Each call of this callback is
+    progress: the begin and the end of each batch of training and evaluation,
+    and of each epoch. After `seconds` without progress, the rank writes the
+    stacks of its threads and the name of the hanging rank to stderr, and ends.
 
-    List it first among the callbacks, after `hvd.init()`; all ranks enter the
-    same blocks, in the same order:
+    A rank that does not wait in a collective names itself. Otherwise it names
+    the rank that reported a hang, or the rank that no longer beats. If a rank
+    is killed or its host is lost, Horovod fails on the other ranks. `lost_rank`
+    then returns its name.
+
+    Create it after `hvd.init()` and list it first among the callbacks. All
+    ranks enter the same blocks in the same order:
 
     ```python
     with hvd.callbacks.Watchdog(seconds=600) as watchdog:
         model.fit(dataset, callbacks=[watchdog, ...])
     ```
 
-    The names of other ranks come from the server of `horovodrun` with Gloo.
-    Under MPI there is none: a rank that hangs names itself, and the others
-    say that they waited for a rank that they cannot name.
+    Under Gloo the ranks know each other's state through the server of
+    `horovodrun`. MPI does not have a server. There a hanging rank names itself,
+    and the others say that they cannot name the rank they waited for.
 
     Args:
-        seconds: Float, the time without progress. It must be longer than what
-            may pass on any rank between two batches: compiling the first step,
+        seconds: Float, the time without progress. It must be longer than any
+            time between two batches on any rank: compiling the first step,
             filling the shuffle buffer, writing a checkpoint. Defaults to `600`.
     """
 
@@ -125,11 +125,11 @@ class Watchdog(keras.callbacks.Callback):
         self._thread.join()
         if error is None or _is_of_lost_rank(error):
             return
-        if not self._peers.found():
-            self._peers.tell(f"rank {self._rank} on {HOST} failed: {error}")
+        if not self._peers.find_problem():
+            self._peers.report(f"rank {self._rank} on {HOST} failed: {error}")
 
     def progress(self):
-        """Says that this rank is not stuck."""
+        """Notes that this rank is not stuck."""
         self._last_progress = time.monotonic()
 
     def _progress(self, *args, **kwargs):
@@ -144,11 +144,10 @@ class Watchdog(keras.callbacks.Callback):
         self.progress()
 
     def lost_rank(self):
-        """Returns which rank is lost, in words, or None where none is found.
+        """Returns a sentence that names the lost rank, or None.
 
-        For the moment when a collective has failed. Takes up to 5 seconds, in
-        jobs of more than 64 ranks longer; under MPI, where none can be found,
-        no time.
+        Call it when a collective has failed. It takes up to 5 seconds, or
+        longer in jobs of more than 64 ranks. Under MPI it returns None at once.
         """
         if self._peers.server is None:
             return None
@@ -156,25 +155,25 @@ class Watchdog(keras.callbacks.Callback):
         time.sleep(self._peers.delay)
         end = time.monotonic() + 2 * self._peers.silence
         while time.monotonic() < end:
-            # The thread that does so may be the one that asks.
+            # The watching thread may be the caller, so beat here.
             self._peers.beat(self._steps)
-            if found := self._peers.found():
-                return found
+            if problem := self._peers.find_problem():
+                return problem
             time.sleep(self._peers.period)
         return None
 
     def _watch(self):
         self._stop.wait(self._peers.delay)
-        in_vain = 0
+        beats_in_vain = 0
         while not self._stop.wait(self._peers.period):
             self._peers.beat(self._steps)
-            # With three ranks or more, Horovod fails at once only where ranks
-            # speak with the lost one; others wait for longer than horovodrun
-            # leaves them. The second time, so that Horovod can fail first.
-            told = self._peers.told and not self._asked and self._waits()
-            in_vain = in_vain + 1 if told else 0
+            # Horovod fails at once only on ranks that talk to the lost rank.
+            # The others end here, at the second beat: Horovod may fail first.
+            problem = self._peers.known_problem
+            in_vain = problem and not self._asked and self._waits()
+            beats_in_vain = beats_in_vain + 1 if in_vain else 0
             idle = time.monotonic() - self._last_progress
-            if idle > self._seconds or in_vain == 2:
+            if idle > self._seconds or beats_in_vain == 2:
                 self._end(idle)
 
     def _end(self, idle):
@@ -185,24 +184,24 @@ class Watchdog(keras.callbacks.Callback):
                 f"rank {self._rank} on {HOST} hangs: no "
                 f"progress {where}, in {self._place()}"
             )
-            self._peers.tell(cause)
-        elif found := self.lost_rank():
-            cause = f"rank {self._rank} waited {where}: {found}"
+            self._peers.report(cause)
+        elif problem := self.lost_rank():
+            cause = f"rank {self._rank} waited {where}: {problem}"
         else:
             cause = (
                 f"rank {self._rank} waited {where} for one that cannot be "
-                "named: none says that it hangs. Where all ranks wait, it is "
-                "for different collectives: see the stacks"
+                "named: none says that it hangs. If all ranks wait, they wait "
+                "in different collectives: see the stacks"
             )
         print(f"stacks of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         print(f"error: {cause}", file=sys.stderr, flush=True)
-        # The others may find out a moment later, and are to name this rank.
+        # The others need time to read this and to name this rank.
         time.sleep(SECONDS_TO_SAY_WHY * (1 if waits else 2))
         os._exit(1)
 
     def _waits(self):
-        """Whether the main thread waits for other ranks, in a collective."""
+        """Whether the main thread waits for other ranks in a collective."""
         in_graph = _collectives.entered > _collectives.left
         return in_graph or any(
             frame.f_code.co_filename.startswith(HOROVOD)
@@ -210,7 +209,7 @@ class Watchdog(keras.callbacks.Callback):
         )
 
     def _place(self):
-        """Returns where the main thread is, in code that is not a library's."""
+        """Returns where the main thread is, outside of library code."""
         frames = self._frames()
         own = next(
             (f for f in frames if not _is_library(f.f_code.co_filename)),
@@ -240,12 +239,15 @@ def _is_library(path):
 
 
 def lost_rank():
-    """Returns which rank is lost, in words; None without a `Watchdog`, too."""
+    """Returns a sentence that names the lost rank, or None.
+
+    It returns None too if no `Watchdog` runs.
+    """
     return _running.lost_rank() if _running else None
 
 
 def is_lost_rank(error):
-    """Whether an error is that of a collective which a rank did not finish."""
+    """Whether an error comes from a collective that a rank did not finish."""
     if isinstance(error, HorovodInternalError):
         return True
     return (
@@ -255,21 +257,21 @@ def is_lost_rank(error):
 
 
 def _is_of_lost_rank(error):
-    """Whether an error is such a one, or was raised from such a one."""
+    """Whether such an error is this error or one of its causes."""
     while error is not None and not is_lost_rank(error):
         error = error.__cause__
     return error is not None
 
 
-def noted(collective):
-    """Makes the watchdog see when a step waits inside a collective.
+def tracked(collective):
+    """Returns the collective, with counters that the watchdog reads.
 
     Args:
-        collective: A function of a list of tensors, of which some may be None,
-            that returns such a list when all ranks have called it.
+        collective: A function of a list of tensors, of which some may be None.
+            It returns such a list when all ranks have called it.
     """
 
-    def noting(tensors):
+    def tracking(tensors):
         if _collectives is None:
             return collective(tensors)
         present = [t for t in tensors if t is not None]
@@ -280,11 +282,11 @@ def noted(collective):
         results = collective(tensors)
         with tf.control_dependencies([r for r in results if r is not None]):
             left = _collectives.left.assign_add(1)
-        # A graph of gradients holds only what its results depend on.
+        # TensorFlow prunes operations that the results do not depend on.
         with tf.control_dependencies([left]):
             return [r if r is None else tf.identity(r) for r in results]
 
-    return noting
+    return tracking
 
 
 class _Collectives:
@@ -296,39 +298,41 @@ class _Collectives:
             self.left = tf.Variable(0, dtype=tf.int64, trainable=False)
 
     def reset(self):
-        """Forgets the collectives that have failed, and were never left."""
+        """Forgets collectives that failed, which the rank never left."""
         self.entered.assign(0)
         self.left.assign(0)
 
 
 class _Peers:
-    """What ranks tell each other through the server of `horovodrun`.
+    """The messages between ranks through the server of `horovodrun`.
 
-    Each rank writes that it lives, and reads that the next one does; what one
-    finds is written once, for all.
+    Each rank writes its own beats and reads those of the next rank. It writes a
+    problem that it finds once, for all ranks.
     """
 
     def __init__(self, rank, size):
         # Seconds between two beats, of three requests each.
-        self.period = max(PERIOD, 3 * size / REQUESTS)
-        # Before the first one, so that the ranks do not ask all at once.
+        self.period = max(
+            BEAT_PERIOD_SECONDS, 3 * size / MAX_REQUESTS_PER_SECOND
+        )
+        # Seconds before the first beat, which spread the ranks' requests.
         self.delay = self.period * rank / size
-        # A rank is lost after so long without a beat: one may not get through,
-        # and the next one may be late.
+        # Seconds without a beat until a rank is lost: two beats, and a margin.
         self.silence = 2 * self.period + 1.5
         self.server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
-        # What was written in an earlier block is no longer true.
+        # Each block has its own scope: earlier messages are out of date.
         self._scope = f"watchdog{next(_blocks)}"
         self._rank = rank
         self._next = (rank + 1) % size
         self._port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
         self._beats = 0
-        self._of_next = None
+        self._beat_of_next = None
         self._next_heard = self._server_heard = time.monotonic()
-        self.told = None
+        # The problem that any rank has reported, or None.
+        self.known_problem = None
 
     def beat(self, steps):
-        """Says that this rank lives, and hears of the next one."""
+        """Writes this rank's beat and reads that of the next rank."""
         if self.server is None:
             return
         self._beats += 1
@@ -336,46 +340,46 @@ class _Peers:
         try:
             self._request("PUT", f"rank{self._rank}", beat)
             heard = self._request("GET", f"rank{self._next}")
-            self.told = self._request("GET", "found")
+            self.known_problem = self._request("GET", "problem")
         except NOT_REACHED:
             return
         self._server_heard = time.monotonic()
-        if heard != self._of_next:
-            self._of_next, self._next_heard = heard, self._server_heard
+        if heard != self._beat_of_next:
+            self._beat_of_next, self._next_heard = heard, self._server_heard
 
-    def tell(self, found):
-        """Writes what is wrong, for all ranks to read."""
+    def report(self, problem):
+        """Writes a problem for all ranks to read."""
         if self.server is None:
             return
         with contextlib.suppress(*NOT_REACHED):
-            self._request("PUT", "found", found)
+            self._request("PUT", "problem", problem)
 
-    def found(self):
-        """Returns what any rank has found to be wrong, or None."""
-        if self.server is None or self.told:
-            return self.told
+    def find_problem(self):
+        """Returns the problem that this or another rank has found, or None."""
+        if self.server is None or self.known_problem:
+            return self.known_problem
         now = time.monotonic()
         if now - self._server_heard > self.silence:
             return (
-                f"rank {self._rank} on {HOST} is cut off: it "
-                f"has not reached horovodrun at {self.server} for "
+                f"rank {self._rank} on {HOST} is cut off: it has not reached "
+                f"horovodrun at {self.server} for "
                 f"{now - self._server_heard:.0f} s"
             )
-        if self._of_next and now - self._next_heard > self.silence:
-            _, host, steps = self._of_next.split()
-            found = (
+        if self._beat_of_next and now - self._next_heard > self.silence:
+            _, host, steps = self._beat_of_next.split()
+            problem = (
                 f"rank {self._next} on {host} is lost: nothing has been heard "
                 f"of it for {now - self._next_heard:.0f} s, after step {steps} "
                 "of its training; its process has ended, or its host cannot "
                 "be reached"
             )
-            self.tell(found)
-            return found
+            self.report(problem)
+            return problem
         return None
 
     def _request(self, method, key, text=None):
         connection = http.client.HTTPConnection(
-            self.server, int(self._port), timeout=PATIENCE
+            self.server, int(self._port), timeout=SERVER_TIMEOUT_SECONDS
         )
         with contextlib.closing(connection):
             body = None if text is None else text.encode()

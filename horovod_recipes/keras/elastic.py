@@ -1,10 +1,10 @@
-"""Training that goes on while ranks come and go, as `hvd.elastic` of Horovod.
+"""Elastic training, which continues while ranks join and leave a job.
 
-A `KerasState` holds what a rank must have to take part: weights, optimizer
-state, and attributes of your own. `commit` keeps a copy of it; `run` brings
-every rank back to the last commit, or up to it, when the ranks change.
+It has the names of Horovod's `hvd.elastic`. A `KerasState` holds the weights,
+the optimizer state, and your own attributes. `commit` keeps a copy of them.
+When the ranks change, `run` gives every rank the state of the last commit.
 
-What `horovodrun` does when a rank dies is in docs/elastic.md.
+docs/elastic.md says what `horovodrun` does when a rank dies.
 """
 
 import copy
@@ -13,8 +13,6 @@ import functools
 import keras
 import numpy as np
 import tensorflow as tf
-from horovod.common.elastic import ObjectState
-from horovod.common.elastic import notification_manager
 from horovod.common.exceptions import HorovodInternalError
 from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.tensorflow import allgather
@@ -25,8 +23,11 @@ from horovod.tensorflow import rank
 from horovod.tensorflow import shutdown
 from horovod.tensorflow import size
 
-from horovod_recipes.keras._optimizer import discard_accumulated
-from horovod_recipes.keras._optimizer import is_within_update
+from horovod_recipes.keras._distributed_apply import discard_accumulated
+from horovod_recipes.keras._distributed_apply import is_within_update
+from horovod_recipes.keras._keras_hooks import State
+from horovod_recipes.keras._keras_hooks import is_seed
+from horovod_recipes.keras._keras_hooks import notification_manager
 from horovod_recipes.keras._variables import broadcast_variables
 from horovod_recipes.keras._watchdog import is_lost_rank
 
@@ -41,24 +42,24 @@ __all__ = [
 
 
 def run(func):
-    """Makes a function go on, from the last commit, when the ranks change.
+    """Restarts a function from the last commit whenever the ranks change.
 
-    Before each start of the function the state is made the same on all ranks.
-    When a rank is lost, those that are left go back to the last commit; when
-    hosts are added or removed, all stop at the next commit. Either way they
-    start the function again, as a job of another size: the loop over what is
-    left to do, and all that depends on `hvd.size()`, belongs into the function.
+    Before each start, all ranks get the same state. When a rank is lost, the
+    others restore the last commit. When hosts are added or removed, all ranks
+    stop at the next commit. Then they start the function again, with another
+    `hvd.size()`. So the loop over the remaining work belongs in the function,
+    with everything that depends on `hvd.size()`.
 
     Args:
-        func: A function whose first argument is the state. A script calls no
-            collective before it: a new rank would wait for the others there.
+        func: A function whose first argument is the state. The script must not
+            call a collective before it: a new rank would wait there forever.
 
     Returns:
-        The function, wrapped. It returns what `func` does.
+        The wrapped function. It returns what `func` returns.
 
     Raises:
-        Exception: Whatever `func` raises and is not a failed collective; the
-            rank then ends, and the job goes on without its host.
+        Exception: Any exception of `func` other than a failed collective. This
+            rank then ends, and the job continues without its host.
     """
 
     @functools.wraps(func)
@@ -76,8 +77,8 @@ def run(func):
                     if not is_lost_rank(error):
                         raise
                     state.restore()
-                # All ranks synchronize after this, also where Horovod would
-                # not: a rank may have been added since the interrupt.
+                # Unlike Horovod, always synchronize after this: a rank may
+                # have joined since the interrupt.
                 shutdown()
                 init()
                 state.on_reset()
@@ -87,8 +88,8 @@ def run(func):
     return wrapper
 
 
-class KerasState(ObjectState):
-    """What all ranks of an elastic job share: a model, and your own values.
+class KerasState(State):
+    """What all ranks of an elastic job share: a model and your own values.
 
     Example:
 
@@ -107,11 +108,11 @@ class KerasState(ObjectState):
         model: A built `keras.Model`.
         optimizer: The model's optimizer. Defaults to the one it was compiled
             with.
-        **kwargs: Values to share; attributes of the state by these names. Any
-            that can be pickled, and `ElasticSampler`s.
+        **kwargs: Values to share. Each becomes an attribute of the state. A
+            value is an `ElasticSampler`, or any object that can be pickled.
 
     Raises:
-        ValueError: If the model is not built, or has no optimizer.
+        ValueError: If the model is not built or does not have an optimizer.
     """
 
     def __init__(self, model, optimizer=None, **kwargs):
@@ -129,20 +130,26 @@ class KerasState(ObjectState):
             )
         if not self.optimizer.built:
             self.optimizer.build(model.trainable_variables)
-        self.samplers = []
-        for name, value in list(kwargs.items()):
-            if isinstance(value, ElasticSampler):
-                setattr(self, name, kwargs.pop(name))
-                self.samplers.append(value)
+        super().__init__(bcast_object=broadcast_object, get_rank=rank)
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+        self.samplers = [
+            v for v in kwargs.values() if isinstance(v, ElasticSampler)
+        ]
+        self._value_names = [
+            name
+            for name, value in kwargs.items()
+            if not isinstance(value, ElasticSampler)
+        ]
+        self._after_reset = []
         self._commits = 0
-        super().__init__(bcast_object=broadcast_object, get_rank=rank, **kwargs)
         self._keep()
 
     def commit(self):
-        """Keeps a copy of the state, and stops where the hosts have changed.
+        """Keeps a copy of the state, and stops if the hosts have changed.
 
-        All ranks call it together. Between the micro-batches of one update it
-        does nothing: gradients that wait on a rank would be lost with it.
+        All ranks call it together. Within an update it does nothing: a lost
+        rank would lose its accumulated gradients.
 
         Raises:
             HostsUpdatedInterrupt: For `run`.
@@ -151,25 +158,25 @@ class KerasState(ObjectState):
             super().commit()
 
     def check_host_updates(self):
-        """Stops where the hosts have changed, at the state as it is now."""
+        """Keeps a copy of the state and stops if the hosts have changed."""
         if is_within_update(self.optimizer):
             return
         try:
             super().check_host_updates()
         except HostsUpdatedInterrupt:
-            # All ranks are here: nothing since the last commit need be lost.
+            # All ranks are here, so no work since the last commit is lost.
             self.save()
             raise
 
     def save(self):
-        """Keeps a copy of the state; all ranks call it together."""
+        """Keeps a copy of the state. All ranks call it together."""
         for sampler in self.samplers:
             sampler.add_up()
         self._keep()
         self._commits += 1
 
     def restore(self):
-        """Puts back the state of the last commit."""
+        """Restores the state of the last commit."""
         for variable, value in zip(
             self._variables(), self._saved_variables, strict=True
         ):
@@ -179,38 +186,42 @@ class KerasState(ObjectState):
             self.samplers, self._saved_samplers, strict=True
         ):
             sampler.load_state_dict(saved)
-        self._set_attrs()
+        self._restore_values()
 
     def sync(self):
         """Gives all ranks the state of the rank with the most commits.
 
-        That is rank 0, but where it is new, or was not told before a rank died
-        that the last commit had succeeded.
+        Usually this is rank 0. Rank 0 has fewer commits if it is new, or if a
+        rank died before rank 0 knew that the last commit had succeeded.
         """
         commits = allgather_object(self._commits)
         root = int(np.argmax(commits))
         broadcast_variables(self.model.weights + self.optimizer.variables, root)
         discard_accumulated(self.optimizer)
-        samplers, self._saved_state, self._commits = broadcast_object(
-            (self._saved_samplers, self._saved_state, self._commits), root
+        samplers, self._saved_values, self._commits = broadcast_object(
+            (self._saved_samplers, self._saved_values, self._commits), root
         )
         for sampler, saved in zip(self.samplers, samplers, strict=True):
             sampler.load_state_dict(saved)
-        self._set_attrs()
+        self._restore_values()
         self._keep()
 
-    def on_reset(self):
-        """Called by `run` when the ranks have changed, before `sync`.
+    def register_reset_callbacks(self, callbacks):
+        """Adds functions without arguments to call when the ranks change."""
+        self._after_reset.extend(callbacks)
 
-        Unlike Horovod's, it keeps what has been heard of hosts meanwhile:
-        while ranks are starting others may become available.
+    def on_reset(self):
+        """Prepares for other ranks; `run` calls it before `sync`.
+
+        Unlike Horovod's method, it keeps notifications about hosts. More hosts
+        may become available while ranks start.
         """
         self.reset()
-        for callback in self._reset_callbacks:
+        for callback in self._after_reset:
             callback()
 
     def reset(self):
-        """Has Keras trace its functions anew: they may contain the size."""
+        """Makes Keras trace its functions again: they may contain the size."""
         self.model.train_function = None
         self.model.test_function = None
         self.model.predict_function = None
@@ -220,39 +231,35 @@ class KerasState(ObjectState):
             np.array(variable) for variable in self._variables()
         ]
         self._saved_samplers = [s.state_dict() for s in self.samplers]
-        self._saved_state = {
+        self._saved_values = {
             name: copy.deepcopy(getattr(self, name))
-            for name in self._saved_state
+            for name in self._value_names
         }
 
-    def _set_attrs(self):
-        for name, value in self._saved_state.items():
+    def _restore_values(self):
+        for name, value in self._saved_values.items():
             setattr(self, name, copy.deepcopy(value))
 
     def _variables(self):
-        """Returns what a commit holds: the states of random generators too."""
+        """Returns the variables of a commit, with random generators' states."""
         return (
             self.model.weights
-            + [v for v in self.model.variables if _is_seed(v)]
+            + [v for v in self.model.variables if is_seed(v)]
             + self.optimizer.variables
         )
 
 
-def _is_seed(variable):
-    return variable.name == "seed_generator_state"
-
-
 class ElasticSampler:
-    """Deals out the examples of each epoch to the ranks, every one once.
+    """Distributes the examples of each epoch over the ranks, each once.
 
-    As an attribute of a `KerasState` it keeps count, over all ranks, of how
-    often each example has been used in work that was committed, and deals out
-    the others when the ranks change. The examples of a batch do not depend on
-    the number of ranks, only how they are split: an epoch always has the same
-    number of batches, and a schedule that counts updates stays right.
+    Make it an attribute of a `KerasState`. It then counts, over all ranks, how
+    often committed work has used each example. When the ranks change, it
+    distributes the examples that are left. The number of ranks changes how a
+    batch is split, but not which examples it has. So an epoch always has the
+    same number of batches, and a schedule that counts updates stays right.
 
-    Where the ranks do not divide a batch, their shares differ by one example;
-    as each rank's mean counts alike, so do the weights of examples.
+    If the ranks do not divide a batch, their shares differ by one example. Each
+    rank's mean has the same weight, so the examples' weights then differ.
 
     Example:
 
@@ -268,15 +275,15 @@ class ElasticSampler:
     {'epoch': 0, 'used_once': 4, 'never_used': 6, 'used_again': 0}
 
     Args:
-        num_examples: Integer, of an epoch.
+        num_examples: Integer, the examples in an epoch.
         global_batch_size: Integer, the most examples in a batch of all ranks
-            together. An epoch is cut into as few batches as that allows, equal
-            but for one example.
-        shuffle: Whether each epoch has an order of its own. Defaults to `True`.
+            together. An epoch has as few batches as this allows. Their sizes
+            differ by at most one example.
+        shuffle: Whether each epoch has its own order. Defaults to `True`.
         seed: Integer, the same on every rank. Defaults to `0`.
 
     Raises:
-        ValueError: If there are more examples in a batch than in an epoch.
+        ValueError: If a batch has more examples than an epoch.
     """
 
     def __init__(self, num_examples, global_batch_size, shuffle=True, seed=0):
@@ -291,7 +298,7 @@ class ElasticSampler:
         self._shuffle = shuffle
         self._seed = seed
         self.epoch = 0
-        # Of every epoch that has ended, as `report` returns it.
+        # The result of `report` for every epoch that has ended.
         self.reports = []
         self._uses = np.zeros(num_examples, np.int64)
         self._begin()
@@ -302,11 +309,11 @@ class ElasticSampler:
         return -(-self._num_examples // self._global_batch_size)
 
     def batches(self):
-        """Yields this rank's share of each batch that is left, without end.
+        """Yields this rank's share of each remaining batch, without end.
 
         Yields:
-            int64 array of the indices of examples: of what is left of this
-            epoch, then of the next, and so on.
+            int64 array of the indices of examples. The batches of the next
+            epochs follow those of this epoch.
         """
         epoch, left = self.epoch, self._left()
         this_rank, ranks = rank(), size()
@@ -316,10 +323,10 @@ class ElasticSampler:
             left = self._order(epoch)
 
     def record_batch(self):
-        """Notes that this rank has trained on its next share.
+        """Records that this rank has trained on its next share.
 
         Raises:
-            ValueError: If this epoch has no batch left.
+            ValueError: If no batch of this epoch is left.
         """
         if self._shares_left is None:
             shares = self._shares(self._left(), rank(), size())
@@ -327,7 +334,7 @@ class ElasticSampler:
         share = next(self._shares_left, None)
         if share is None:
             raise ValueError(
-                f"Epoch {self.epoch} of an ElasticSampler went on after its "
+                f"Epoch {self.epoch} of an ElasticSampler continued after its "
                 "last batch. The argument `steps_per_epoch` of fit must be the "
                 f"sampler's, {self.steps_per_epoch}, and `steps_per_execution` "
                 "of compile() must divide the batches that are left."
@@ -335,14 +342,17 @@ class ElasticSampler:
         self._recorded.append(share)
 
     def add_up(self):
-        """Adds what all ranks have recorded; all ranks call it together."""
+        """Adds up the records of all ranks. All ranks call it together."""
         recorded = np.concatenate([*self._recorded, np.empty(0, np.int64)])
         used = allgather(tf.constant(recorded), name="elastic_sampler")
         np.add.at(self._uses, used.numpy(), 1)
         self._recorded = []
 
     def end_epoch(self):
-        """Keeps the report of this epoch, begins the next; on all ranks."""
+        """Keeps the report of this epoch and begins the next one.
+
+        All ranks call it together.
+        """
         self.add_up()
         self.reports.append(self.report())
         self.epoch += 1
@@ -350,11 +360,11 @@ class ElasticSampler:
         self._begin()
 
     def report(self):
-        """Returns how often examples were used in this epoch, up to `add_up`.
+        """Returns how often this epoch's examples were used, up to `add_up`.
 
         Returns:
-            Dict with the `epoch` and the numbers of examples that were
-            `used_once`, `never_used`, and `used_again`.
+            Dictionary with `epoch` and three numbers of examples: `used_once`,
+            `never_used` and `used_again`.
         """
         return {
             "epoch": self.epoch,
@@ -376,12 +386,12 @@ class ElasticSampler:
         self._begin()
 
     def _begin(self):
-        """Forgets what was recorded since, and how examples were dealt out."""
+        """Forgets this epoch's records and shares."""
         self._recorded = []
         self._shares_left = None
 
     def _left(self):
-        """Returns the examples of this epoch that are still to be used."""
+        """Returns the examples of this epoch that are not used yet."""
         order = self._order(self.epoch)
         return order[self._uses[order] == 0]
 
@@ -402,15 +412,15 @@ class ElasticSampler:
 
 
 class CommitStateCallback(keras.callbacks.Callback):
-    """Commits the state every so many batches, and when an epoch ends.
+    """Commits the state every few batches, and when an epoch ends.
 
     List it after the callbacks that update the state.
 
     Args:
         state: A `KerasState`.
         batches_per_commit: Integer, the batches of an epoch between commits.
-            Defaults to `1`. A commit copies weights and optimizer state to
-            memory of the host, and takes a message between the ranks.
+            Defaults to `1`. A commit copies the weights and the optimizer
+            state to host memory, and sends one message between the ranks.
     """
 
     def __init__(self, state, batches_per_commit=1):
@@ -423,10 +433,11 @@ class CommitStateCallback(keras.callbacks.Callback):
         self._committed = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        # The last batch is committed when the epoch ends: a job that starts
-        # again would else find an epoch without batches, which Keras has not.
+        # The end of the epoch commits the last batch. Committing here could
+        # make a restarted job begin an empty epoch, which Keras does not
+        # support.
         last = self.model.stop_training or batch + 1 == self.params.get("steps")
-        # With steps_per_execution not every batch ends in Python.
+        # With steps_per_execution, Keras does not call this for every batch.
         done = batch + 1 - self._committed
         if done >= self.batches_per_commit and not last:
             self._committed = batch + 1
@@ -438,13 +449,13 @@ class CommitStateCallback(keras.callbacks.Callback):
 
 
 class UpdateBatchStateCallback(keras.callbacks.Callback):
-    """Keeps `state.batch`, the number of batches of this epoch that are done.
+    """Counts the finished batches of this epoch in `state.batch`.
 
-    It is 0 when an epoch ends. The first epoch of a `fit` with
-    `steps_per_epoch` is shorter by the batches that are done already. Each
-    `ElasticSampler` of the state is told of each batch.
+    The count is 0 when an epoch ends. If `fit` has `steps_per_epoch`, its first
+    epoch leaves out the batches that are finished already. The callback records
+    each batch in each `ElasticSampler` of the state.
 
-    List it before callbacks that stop the training when an epoch ends.
+    List it before callbacks that stop training when an epoch ends.
 
     Args:
         state: A `KerasState` with an attribute `batch`.
@@ -471,7 +482,7 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self.state.batch = self._done_before + batch + 1
         steps = self.params.get("steps")
         if self._done_before and steps and self.state.batch >= steps:
-            # Ends the epoch, and is taken back before Keras ends training.
+            # This ends the epoch. `on_epoch_end` lets training continue.
             self._cut_short = not self.model.stop_training
             self.model.stop_training = True
 
@@ -484,10 +495,10 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
 
 
 class UpdateEpochStateCallback(keras.callbacks.Callback):
-    """Keeps `state.epoch`, the number of epochs that are done.
+    """Counts the finished epochs in `state.epoch`.
 
-    They are counted on from what it was when `fit` began, whatever the
-    `initial_epoch` of that. Each `ElasticSampler` of the state begins its next
+    The count continues from its value when `fit` began, whatever the
+    `initial_epoch` of `fit`. Each `ElasticSampler` of the state begins its next
     epoch.
 
     Args:

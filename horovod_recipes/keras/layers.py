@@ -6,50 +6,52 @@ import tensorflow as tf
 
 from horovod_recipes.keras import _watchdog
 from horovod_recipes.keras._keras_hooks import check_outside_xla
+from horovod_recipes.keras._keras_hooks import moments_of
+from horovod_recipes.keras._keras_hooks import replace_moments
 
 
 def SyncBatchNormalization(fused=False, **arguments):
-    """Returns a batch norm whose batches are those of all ranks together.
+    """Returns a batch norm that normalizes over the batches of all ranks.
 
-    In training, outputs, gradients and moving statistics are those of
-    `keras.layers.BatchNormalization` on the concatenation of the ranks'
-    batches, of any sizes; a forward pass takes one allreduce, a backward pass
-    another. In evaluation there is none.
+    In training it equals a `keras.layers.BatchNormalization` on the ranks'
+    concatenated batches, whose sizes may differ. This holds for outputs,
+    gradients and moving statistics. A forward pass and a backward pass take one
+    allreduce each. Evaluation takes none.
 
-    The layer is a `keras.layers.BatchNormalization`, so that a model saved with
-    it loads without Horovod. One that is made from its config, as by
-    `keras.models.clone_model`, normalizes by this rank's batches alone.
+    The layer is a `keras.layers.BatchNormalization`, so a model saved with it
+    loads without Horovod. A layer made from its config normalizes over this
+    rank's batches alone, for example after `keras.models.clone_model`.
 
     Args:
-        fused: `False`. Horovod has the argument to refuse a fused kernel.
-        **arguments: Of `keras.layers.BatchNormalization`.
+        fused: `False`. Horovod has this argument only to refuse `True`.
+        **arguments: Arguments of `keras.layers.BatchNormalization`.
 
     Raises:
         ValueError: If `fused` is not `False`.
     """
     if fused is not False:
         raise ValueError(
-            "Argument `fused` must be False: a fused kernel has no statistics "
-            f"of all ranks. Received: fused={fused!r}"
+            "Argument `fused` must be False: a fused kernel cannot use the "
+            f"statistics of all ranks. Received: fused={fused!r}"
         )
     layer = keras.layers.BatchNormalization(**arguments)
-    # An attribute of the instance rather than a method of a subclass, because
-    # the class is what a saved file names.
-    layer._moments = _MomentsOfAllRanks(layer)
+    replace_moments(layer, _MomentsOfAllRanks(layer))
     return layer
 
 
 def is_synchronized(layer):
     """Whether the layer came from `SyncBatchNormalization`."""
-    return isinstance(getattr(layer, "_moments", None), _MomentsOfAllRanks)
+    return isinstance(layer, keras.layers.BatchNormalization) and isinstance(
+        moments_of(layer), _MomentsOfAllRanks
+    )
 
 
 class _MomentsOfAllRanks:
-    """Stands in for a batch norm's `_moments`: those of all ranks together."""
+    """Computes a batch norm's mean and variance over all ranks."""
 
     def __init__(self, layer):
         self._axis = layer.axis
-        self._local_moments = layer._moments
+        self._local_moments = moments_of(layer)
 
     def __call__(self, inputs, mask):
         check_outside_xla("A SyncBatchNormalization")
@@ -58,8 +60,7 @@ class _MomentsOfAllRanks:
             count = tf.size(inputs) // tf.shape(inputs)[self._axis]
         else:
             count = tf.math.count_nonzero(mask)
-        # In float64 nothing is lost where the mean is far above the standard
-        # deviation.
+        # float32 would lose the variance where the mean is far larger.
         count = tf.cast(tf.reshape(count, [1]), tf.float64)
         local_mean = tf.cast(mean, tf.float64)
         local_square = tf.cast(variance, tf.float64) + local_mean**2
@@ -77,14 +78,13 @@ class _MomentsOfAllRanks:
 def _sum_over_ranks(tensor):
     """Returns the sum; its gradient is the sum of the ranks' gradients."""
     # Horovod's own gradient is the same, but the watchdog would not see it.
-    return _noted_sum(tensor), _noted_sum
+    return _tracked_sum(tensor), _tracked_sum
 
 
-def _noted_sum(tensor):
-    # At the top of the names of operations, which below have those of layers:
-    # Keras numbers these, and another rank may have made other ones before.
+def _tracked_sum(tensor):
+    # The scope of a layer may have another number on another rank.
     with tf.name_scope(""):
-        allreduce = _watchdog.noted(
+        allreduce = _watchdog.tracked(
             lambda tensors: [
                 hvd.allreduce(*tensors, op=hvd.Sum, name=_next_name())
             ]
@@ -93,7 +93,7 @@ def _noted_sum(tensor):
 
 
 def _next_name():
-    """Returns a name that is the same on all ranks, which trace one step."""
+    """Returns an operation name that all ranks choose for the same step."""
     if tf.executing_eagerly():
         return None
     return tf.compat.v1.get_default_graph().unique_name("sync_batch_norm")

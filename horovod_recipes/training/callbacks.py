@@ -12,8 +12,6 @@ import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
-from horovod_recipes.keras._variables import average_variables
-from horovod_recipes.keras._variables import sum_over_ranks
 from horovod_recipes.training import workdir as run_folder
 from horovod_recipes.training.failures import raised_on_every_rank
 
@@ -61,8 +59,8 @@ class StopOnSigterm(keras.callbacks.Callback):
         self._steps_done += 1
         within_epoch = self._steps_done % self._job.size.steps_per_epoch
         if within_epoch and self._any_rank_got_sigterm():
-            average_variables(self.model.non_trainable_weights)
-            sums = sum_over_ranks(_metric_variables(self))
+            hvd.average_variables(self.model.non_trainable_weights)
+            sums = hvd.sum_over_ranks(_metric_variables(self))
             self._stop({"metric_sums": [s.numpy().tolist() for s in sums]})
 
     def on_epoch_end(self, epoch, logs=None):

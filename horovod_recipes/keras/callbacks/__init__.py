@@ -1,8 +1,8 @@
 """Callbacks for `model.fit` on several ranks.
 
-Those of `horovod.tensorflow.keras.callbacks`, with the same arguments, and more
-that keep the ranks alike, make metrics exact, and see replicas that differ and
-ranks that hang.
+They include all callbacks of `horovod.tensorflow.keras.callbacks`, with the
+same arguments. The others keep the ranks alike, make metrics exact, and find
+replicas that differ and ranks that hang.
 """
 
 from horovod_recipes.keras._watchdog import SECONDS_TO_SAY_WHY

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from horovod_recipes.keras._optimizer import is_distributed
+from horovod_recipes.keras._distributed_apply import is_distributed
 from horovod_recipes.keras._variables import average_variables
 from horovod_recipes.keras._variables import broadcast_variables
 
@@ -11,24 +11,25 @@ from horovod_recipes.keras._variables import broadcast_variables
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Gives all ranks one rank's weights and optimizer state before step 1.
 
-    The states of random generators stay each rank's own, so that dropout
-    masks differ between ranks. The training step is traced anew, so that one
-    from before the optimizer was distributed is not used again.
+    Each rank keeps the states of its random generators, so dropout masks differ
+    between ranks. Keras traces the training step again: an earlier trace may be
+    older than `DistributedOptimizer`.
 
-    A model that gets its weights in step 1, for want of an input shape, gets
-    those of `root_rank` after it.
+    A model without an input shape creates its weights in step 1. All ranks then
+    receive those of `root_rank` after step 1.
 
     Args:
         root_rank: Integer, the rank to copy from.
         device: String, the TensorFlow device that broadcasts. Defaults to
             `""`, TensorFlow's choice.
-        local_variables: A variable or a list of variables of the model or the
-            optimizer that each rank keeps its own values of. Defaults to none.
+        local_variables: A variable or a list of variables, of the model or of
+            the optimizer. Each rank keeps its own values of these. Defaults to
+            none.
 
     Raises:
-        ValueError: If `local_variables` holds anything else; when training
-            begins, if the model's optimizer does not come from
-            `DistributedOptimizer`: the ranks would drift apart.
+        ValueError: If `local_variables` holds anything other than variables.
+            When training begins, if the model's optimizer does not come from
+            `DistributedOptimizer`.
     """
 
     def __init__(self, root_rank, device="", local_variables=None):
@@ -42,7 +43,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             self.register_local_var(variable)
 
     def register_local_var(self, var):
-        """Leaves each rank its own value of a variable."""
+        """Makes each rank keep its own value of a variable."""
         if not _is_variable(var):
             raise ValueError(
                 "Argument `local_variables` must hold keras.Variable or "
@@ -71,7 +72,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             self._pending = False
 
     def _broadcast(self):
-        # `weights` leaves out what `variables` has: metrics and seeds.
+        # Unlike `variables`, `weights` leaves out metrics and seeds.
         variables = [
             variable
             for variable in self.model.weights + self.model.optimizer.variables
@@ -89,8 +90,8 @@ class AverageNonTrainableWeights(keras.callbacks.Callback):
 
     Each rank's moving means and variances come from its own micro-batches.
     Before an evaluation, and when an epoch ends, every rank gets their mean.
-    Weights that are equal on all ranks, such as those of frozen layers, do
-    not change. List it before the callbacks that save the model.
+    Weights that are equal on all ranks do not change, such as those of frozen
+    layers. List it before the callbacks that save the model.
     """
 
     def on_test_begin(self, logs=None):

@@ -1,30 +1,32 @@
-"""A callback that saves the model at its best, on rank 0 alone."""
+"""A callback that saves the best model so far, on rank 0 alone."""
 
 import horovod.tensorflow as hvd
-import keras
+
+from horovod_recipes.keras._keras_hooks import Checkpoint
 
 
-class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """Saves the model where the monitored value is the best so far.
+class BestModelCheckpoint(Checkpoint):
+    """Saves the model when the monitored value is the best so far.
 
-    Set the attribute `filepath` on rank 0 before training: a string that ends
-    in `.keras`, or in `.weights.h5` with `save_weights_only`. Rank 0 judges by
-    its own `logs` and writes; `best` is rank 0's. List `ExactMetrics` before
-    it, so that what it monitors is of all ranks.
+    Set the attribute `filepath` on rank 0 before training. It is a string that
+    ends in `.keras`, or in `.weights.h5` with `save_weights_only`. Rank 0
+    compares the values in its own `logs`, and writes. The attribute `best` is
+    valid on rank 0. To monitor a metric of all ranks, list `ExactMetrics`
+    before this callback.
 
     Args:
         monitor: String, a name in `logs`. Defaults to `"val_loss"`.
-        verbose: 1 for a line each time, or 0. Defaults to `0`.
+        verbose: 1 for a line per saved file, or 0. Defaults to `0`.
         save_weights_only: Whether to leave out the model's structure and the
             optimizer's state. Defaults to `False`.
-        mode: `"min"`, `"max"`, or `"auto"`, which goes by the metric's name.
-            Defaults to `"auto"`.
-        save_freq: `"epoch"`, or an integer, the batches between two looks.
-            Defaults to `"epoch"`.
+        mode: `"min"`, `"max"`, or `"auto"`, which depends on the metric's
+            name. Defaults to `"auto"`.
+        save_freq: `"epoch"`, or an integer, the batches between two
+            comparisons. Defaults to `"epoch"`.
 
     Raises:
         ValueError: On every rank, when training begins, if rank 0's `filepath`
-            is not set or ends otherwise.
+            is not set or has another ending.
         RuntimeError: On every rank, if rank 0 cannot save.
     """
 
@@ -57,12 +59,12 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 f"filepath={filepath!r}"
             )
 
-    def _save_model(self, epoch, batch, logs):
+    def save(self, epoch, batch, logs):
         # Keras calls this on every rank, in the same steps.
         failure = None
         if hvd.rank() == 0:
             try:
-                super()._save_model(epoch, batch, logs)
+                super().save(epoch, batch, logs)
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
         failure = hvd.broadcast_object(failure, root_rank=0)

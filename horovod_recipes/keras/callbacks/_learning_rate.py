@@ -6,46 +6,49 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras._keras_hooks import rmsprop_momentums
 from keras_lars import LARS
+from keras_lars._unwrap import innermost
 
 
 class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Sets the learning rate to `initial_lr * multiplier(epoch)`.
 
-    With `staircase` it is set when an epoch begins, and `epoch` is an integer;
-    otherwise before each batch, and `epoch` is a float, as 2.5 in the middle
-    of the third. The rate is put into `logs` as `lr` when an epoch ends.
+    With `staircase`, this happens when an epoch begins, and `epoch` is an
+    integer. Otherwise it happens before each batch, and `epoch` is a float:
+    2.5 is the middle of the third epoch. When an epoch ends, the callback puts
+    the rate into `logs` as `lr`.
 
-    Where the learning rate is part of the velocity, as in SGD's
-    `v = m * v + lr * g; w = w - v`, a change of the rate leaves the past
-    gradients in `v` at the old one. Momentum correction multiplies `m` by
-    `lr / old_lr` for the batch (Goyal et al., section 2.1, remark 2). Here `v`
-    itself is multiplied, once for each change, which is the same step and
-    takes effect where `m` is part of a compiled program; it is right too with
-    `steps_per_execution`, `backward_passes_per_step` and Nesterov momentum.
-    After a learning rate of 0 the velocity is left as it is.
+    The velocity of SGD contains the learning rate: `v = m * v + lr * g`. If the
+    rate changes, the past gradients in `v` still have the old rate. Momentum
+    correction multiplies `m` by `lr / old_lr` for one batch (Goyal et al.,
+    section 2.1, remark 2). This callback multiplies `v` instead, once per
+    change, which gives the same step. It also works where `m` is part of a
+    compiled program, with `steps_per_execution`, with
+    `backward_passes_per_step` and with Nesterov momentum. After a learning rate
+    of 0 the velocity does not change.
 
     Args:
         initial_lr: Float, the rate that `multiplier` multiplies.
-        multiplier: Function of the epoch; or a float, for
+        multiplier: Function of the epoch, or a float for
             `multiplier ** (epoch - start_epoch)`.
-        start_epoch: Integer, the first epoch in which the rate is set.
-            Defaults to `0`.
-        end_epoch: Integer, the epoch from which it no longer is, or None.
-            Defaults to `None`.
-        staircase: Whether to set it once an epoch, not before each batch.
-            Defaults to `True`.
+        start_epoch: Integer, the first epoch in which the callback sets the
+            rate. Defaults to `0`.
+        end_epoch: Integer, the first epoch in which it no longer sets the
+            rate, or None. Defaults to `None`.
+        staircase: Whether to set the rate once per epoch, not before each
+            batch. Defaults to `True`.
         momentum_correction: Whether to correct the momentum of Keras's `SGD`
-            and `RMSprop` and of `LARS` in the style "paper". The other
-            styles of `LARS`, and Keras's other optimizers, keep the rate out
-            of their velocities and need no correction. Defaults to `True`.
-        steps_per_epoch: Integer, the batches in an epoch. Defaults to what
-            Keras knows of the dataset.
+            and `RMSprop`, and of `LARS` in the style "paper". The other styles
+            of `LARS` and Keras's other optimizers do not need a correction:
+            their velocities do not contain the rate. Defaults to `True`.
+        steps_per_epoch: Integer, the batches in an epoch. Defaults to the
+            number that Keras finds in the dataset.
 
     Raises:
-        ValueError: If `initial_lr` is None; when training begins, if the
-            optimizer's learning rate is not a float, if it has a momentum that
-            cannot be corrected, or if the number of steps is not known.
+        ValueError: If `initial_lr` is None. When training begins, if the
+            optimizer's learning rate is not a float, if its momentum cannot be
+            corrected, or if the number of steps is not known.
 
     References:
         - [Goyal et al., 2017](https://arxiv.org/abs/1706.02677)
@@ -75,16 +78,16 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self.steps_per_epoch = steps_per_epoch
 
     def on_train_begin(self, logs=None):
-        optimizer = _inner(self.model.optimizer)
+        optimizer = innermost(self.model.optimizer)
         if not isinstance(optimizer.learning_rate, keras.Variable):
             raise ValueError(
                 f"{type(self).__name__} sets the optimizer's learning rate, "
                 "which must be a float, not a schedule. Received: "
                 f"{type(optimizer).__name__}(learning_rate="
-                f"{optimizer._learning_rate!r})"
+                f"{optimizer.get_config()['learning_rate']!r})"
             )
         if self.momentum_correction:
-            _velocities(optimizer)  # Raises where it does not know them.
+            _velocities(optimizer)  # Raises if it does not know them.
         self._scale_velocities = None
         if not self.staircase and not self.steps_per_epoch:
             self.steps_per_epoch = self.params.get("steps")
@@ -111,11 +114,11 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             logs["lr"] = float(self.model.optimizer.learning_rate)
 
     def _set_learning_rate(self, epoch):
-        optimizer = _inner(self.model.optimizer)
+        optimizer = innermost(self.model.optimizer)
         old = float(optimizer.learning_rate)
         optimizer.learning_rate = self.initial_lr * self.multiplier(epoch)
         new = float(optimizer.learning_rate)
-        # Before it is built, its velocities are 0 anyway.
+        # Before the optimizer is built, its velocities are 0.
         corrects = self.momentum_correction and optimizer.built
         if corrects and old not in (0.0, new):
             if self._scale_velocities is None:
@@ -128,14 +131,14 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 class LearningRateWarmupCallback(LearningRateScheduleCallback):
     """Raises the learning rate from `initial_lr / hvd.size()` to `initial_lr`.
 
-    After the share `t` of the `warmup_epochs`, in batches, it is
-    `initial_lr / size * (1 + t * (size - 1))`. A batch is trained at the rate
-    that belongs to its end, so that the last one of the warm-up, or all
-    `steps_per_execution` last ones, are trained at `initial_lr`.
+    After the share `t` of the warm-up's batches, the rate is
+    `initial_lr / size * (1 + t * (size - 1))`. Each batch trains at the rate of
+    its end. So the last batch of the warm-up trains at `initial_lr`, as do the
+    last `steps_per_execution` batches.
 
     Args:
-        initial_lr: Float, the rate to arrive at: that of all ranks together.
-        warmup_epochs: Integer, the epochs that it takes. Defaults to `5`.
+        initial_lr: Float, the rate after the warm-up, for the global batch.
+        warmup_epochs: Integer, the length of the warm-up. Defaults to `5`.
         momentum_correction: As for `LearningRateScheduleCallback`. Defaults
             to `True`.
         steps_per_epoch: As for `LearningRateScheduleCallback`.
@@ -185,35 +188,30 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             )
 
 
-def _inner(optimizer):
-    """Returns the optimizer inside a `LossScaleOptimizer`, or itself."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
-
-
 def _velocities(optimizer):
-    """Returns the variables that hold past gradients times learning rates."""
+    """Returns the variables that hold past gradients times learning rates.
+
+    The list is empty before the optimizer is built.
+    """
     if not getattr(optimizer, "momentum", 0.0):
         return []
-    # A subclass may have an update of its own.
+    # A subclass may define its own update.
     update = type(optimizer).update_step
     if update is keras.optimizers.SGD.update_step:
-        attribute = "momentums"
-    elif update is keras.optimizers.RMSprop.update_step:
-        attribute = "_momentums"
-    elif update is LARS.update_step:
-        if optimizer.momentum_style != "paper":
-            return []
-        attribute = "_velocities"
-    elif update is keras.optimizers.Muon.update_step:
+        return getattr(optimizer, "momentums", [])
+    if update is keras.optimizers.RMSprop.update_step:
+        return rmsprop_momentums(optimizer)
+    if update is LARS.update_step:
+        in_velocity = optimizer.momentum_style == "paper"
+        return getattr(optimizer, "_velocities", []) if in_velocity else []
+    if update is keras.optimizers.Muon.update_step:
         return []
-    else:
-        raise ValueError(
-            "Momentum correction is for keras.optimizers.SGD, RMSprop and "
-            "keras_lars.LARS: how the momentum of "
-            f"{type(optimizer).__name__} depends on the learning rate is not "
-            "known. Pass momentum_correction=False."
-        )
-    return getattr(optimizer, attribute, [])
+    raise ValueError(
+        "Momentum correction is for keras.optimizers.SGD, RMSprop and "
+        "keras_lars.LARS. It is not known how the momentum of "
+        f"{type(optimizer).__name__} depends on the learning rate. Pass "
+        "momentum_correction=False."
+    )
 
 
 def _scaling_function(variables):

@@ -1,4 +1,4 @@
-"""Callbacks that put the metrics of all ranks into `logs`."""
+"""Callbacks that replace `logs` by the metrics of all ranks."""
 
 import horovod.tensorflow as hvd
 import keras
@@ -10,19 +10,19 @@ from horovod_recipes.keras._evaluation import global_results
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
-    """Replaces what `logs` has at the end of an epoch by the mean over ranks.
+    """Averages the values in `logs` over the ranks when an epoch ends.
 
-    Every rank's value counts the same, however many examples it is of, and
-    the mean of ratios, as of a precision, is not the ratio over all examples:
-    `ExactMetrics` is right there too. List it before the callbacks that read
-    `logs`.
+    Every rank's value counts the same, whatever its number of examples. The
+    mean of the ranks' ratios is not the ratio over all examples, for example
+    for a precision. `ExactMetrics` is right in both cases. List this callback
+    before the callbacks that read `logs`.
 
     Args:
         device: String, the TensorFlow device that reduces. Defaults to `""`,
             TensorFlow's choice.
 
     Raises:
-        ValueError: When an epoch ends, on every rank, if the ranks' `logs` have
+        ValueError: On every rank, when an epoch ends, if the ranks' `logs` have
             different names.
     """
 
@@ -39,8 +39,8 @@ class MetricAverageCallback(keras.callbacks.Callback):
                 raise ValueError(
                     "MetricAverageCallback needs the same metrics on every "
                     f"rank, but rank 0 has {names} and rank {rank} has "
-                    f"{sorted(other)}. List callbacks that only some ranks "
-                    "have after it."
+                    f"{sorted(other)}. If only some ranks have a callback, "
+                    "list it after MetricAverageCallback."
                 )
         for name in names:
             values = [np.asarray(other[name]) for other in logs_of_ranks]
@@ -49,27 +49,27 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
 
 class ExactMetrics(keras.callbacks.Callback):
-    """Puts into `logs` what one process would have measured on all examples.
+    """Puts the metrics over all examples of all ranks into `logs`.
 
-    Ranks may hold unequal numbers of examples. List it before the callbacks
-    that read `logs`. `model.evaluate` outside of `fit` returns before a
-    callback can act: use `horovod_recipes.keras.evaluate` there.
+    They equal those of one process with all examples. The ranks may have
+    different numbers of examples. List this callback before the callbacks that
+    read `logs`. Outside of `fit`, use `horovod_recipes.keras.evaluate`:
+    `model.evaluate` returns before a callback can act.
 
-    Where a model has several outputs, Keras itself measures the loss of each as
-    the mean over batches; so it is here, over the batches of all ranks. The
-    total loss and the metrics count examples.
+    For a model with several outputs, Keras measures the loss of each output as
+    the mean over batches. This callback takes the mean over the batches of all
+    ranks. The total loss and the metrics count examples.
 
-    The states of a metric are added up over the ranks, and its result is that
-    of the sums. This is right for all of Keras's own metrics, for functions
-    passed as metrics, and for subclasses of `keras.metrics.Mean` and
-    `keras.metrics.Sum` without variables of their own. A class of your own
-    whose variables are 0 after `reset_state`, and to which `update_state` adds
-    something that does not depend on them, can say so with the attribute
-    `states_add_up = True`; other classes are refused.
+    It adds up the states of a metric over the ranks, and takes the result of
+    the sums. This is right for Keras's own metrics, for functions passed as
+    metrics, and for subclasses of `keras.metrics.Mean` and `keras.metrics.Sum`
+    that add no variables. Another class is refused unless it has the attribute
+    `states_add_up = True`. Set it if the variables are 0 after `reset_state`,
+    and if `update_state` adds amounts that do not depend on them.
 
     Raises:
-        ValueError: After the first step, if the state of a metric is not known
-            to add up over ranks.
+        ValueError: After the first step, if the states of a metric may not add
+            up over ranks.
     """
 
     def __init__(self):
@@ -81,14 +81,13 @@ class ExactMetrics(keras.callbacks.Callback):
         self._results = {}
 
     def on_train_batch_end(self, batch, logs=None):
-        # Keras makes the metrics in the first step; refuse them then, not
-        # when the epoch ends.
+        # Keras creates the metrics in the first step. Refuse them early.
         if not self._checked:
             check_metrics(self.model)
             self._checked = True
 
     def on_test_begin(self, logs=None):
-        # The metrics hold the training results until evaluation resets them.
+        # Evaluation will reset the metrics, which hold the training results.
         self._results = global_results(self.model)
 
     def on_test_end(self, logs=None):

@@ -1,4 +1,4 @@
-"""A callback that sees when the ranks' replicas of a model differ."""
+"""A callback that finds ranks whose replicas of a model differ."""
 
 import collections
 import hashlib
@@ -8,39 +8,39 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from horovod_recipes.keras._optimizer import is_local
+from horovod_recipes.keras._distributed_apply import is_local
 
+# An error names at most this many variables, and this many ranks of each.
 MAX_VARIABLES_NAMED = 3
 MAX_RANKS_NAMED = 8
 
 
 class ReplicasDiffer(RuntimeError):
-    """The ranks hold different values of what should be the same."""
+    """The ranks hold different values of the same variables."""
 
 
 class ReplicaCheck(keras.callbacks.Callback):
     """Ends training on every rank when the ranks' replicas differ.
 
-    Compares checksums over all bits of the trainable weights and the
-    optimizer's variables: any change of one number is seen, so are numbers
-    that are swapped, and NaN is equal to the same NaN. It takes one pass over
-    them and one allgather of 8 bytes from each rank, of all ranks. Left out are
-    the states of random generators, and variables that were given to the
-    optimizer's `register_local_var`, with what the optimizer keeps for them.
+    It compares checksums over all bits of the trainable weights and the
+    optimizer's variables. They change if one number changes or two numbers are
+    swapped. A NaN equals the same NaN. A check takes one pass over the
+    variables and one allgather of 8 bytes per rank. It leaves out the states of
+    random generators. It also leaves out variables given to the optimizer's
+    `register_local_var`, with their optimizer state.
 
     Args:
-        every_n_steps: Integer >= 1, how often to compare, in calls of the
-            training step, which are batches unless the model was compiled with
-            `steps_per_execution`; it also does when training ends. Defaults
-            to `100`.
-        non_trainable_weights: Whether to compare these too. Moving statistics
-            of batch norm differ between ranks unless
-            `SyncBatchNormalization` makes them equal. Defaults to `False`.
+        every_n_steps: Integer >= 1, the calls of the training step between two
+            checks. A call is `steps_per_execution` batches. There is one more
+            check when training ends. Defaults to `100`.
+        non_trainable_weights: Whether to compare these too. The moving
+            statistics of batch norm differ between ranks, but not those of
+            `SyncBatchNormalization`. Defaults to `False`.
 
     Raises:
         ValueError: If `every_n_steps` is out of its range.
-        ReplicasDiffer: On every rank, with the first variables that differ,
-            and on which ranks.
+        ReplicasDiffer: On every rank. It names the first variables that
+            differ, and the ranks.
     """
 
     def __init__(self, every_n_steps=100, non_trainable_weights=False):
@@ -58,8 +58,8 @@ class ReplicaCheck(keras.callbacks.Callback):
         self._non_trainable_weights = non_trainable_weights
 
     def on_train_begin(self, logs=None):
-        # Not the optimizer's `iterations`, which may be what differs: all
-        # ranks have to check after the same step.
+        # All ranks must check after the same step. The optimizer's
+        # `iterations` may differ.
         self._steps = 0
         self._checksums = None
 
@@ -74,7 +74,7 @@ class ReplicaCheck(keras.callbacks.Callback):
 
     def _check(self):
         if self._checksums is None:
-            # Not before: until the first step the optimizer may not be built.
+            # The first step may have built the optimizer.
             self._variables = self._replicated_variables()
             self._checksums = checksum_function(self._variables)
         checksums = self._checksums().numpy()
@@ -112,10 +112,10 @@ class ReplicaCheck(keras.callbacks.Callback):
 
 
 def _owner(state, variables):
-    """Returns the variable that an optimizer's state is of, or None.
+    """Returns the variable that an optimizer variable belongs to, or None.
 
-    Keras names such states by the path of the variable and a word, as
-    `net_dense_kernel_momentum`; one path may be the beginning of another.
+    Keras names the state by the variable's path and a word, for example
+    `net_dense_kernel_momentum`. One path may be the beginning of another.
     """
     owners = [
         variable
@@ -128,10 +128,10 @@ def _owner(state, variables):
 def checksum_function(variables):
     """Returns a compiled function of no arguments that returns checksums.
 
-    It returns a uint64 for each variable. They are sums of integers, so that
-    they do not depend on the processor or the order of summation.
+    It returns a uint64 per variable. Each is a sum of integers, so it does not
+    depend on the processor or the order of summation.
     """
-    # Of its own for each shape and type, and so compiled once for each.
+    # It is compiled once per shape and dtype.
     compiled = tf.function(_checksum, jit_compile=True, autograph=False)
 
     @tf.function(autograph=False)
@@ -144,8 +144,8 @@ def checksum_function(variables):
 def _checksum(tensor):
     """Returns the sum of a hash of each number's bits and its position.
 
-    The hash is the finalizer of SplitMix64, which maps no two numbers at one
-    position to the same; a plain sum would miss numbers that are swapped.
+    The hash is the finalizer of SplitMix64. At one position, it maps different
+    numbers to different hashes. A plain sum would miss swapped numbers.
     """
     bits = tf.reshape(_bits(tensor), [-1])
     position = tf.cast(tf.range(tf.size(bits, tf.int64)), tf.uint64)
@@ -193,7 +193,7 @@ def describe_difference(paths, checksums_of_ranks):
 
 
 def _odd_ranks(checksums):
-    # Of equally frequent ones the first, which is that of the lowest rank.
+    # If several are equally frequent, this is the one of the lowest rank.
     ((usual, _),) = collections.Counter(checksums).most_common(1)
     odd = [str(rank) for rank, c in enumerate(checksums) if c != usual]
     named = ", ".join(odd[:MAX_RANKS_NAMED])

@@ -1,4 +1,4 @@
-"""The names and signatures of Horovod's Keras binding, and of ours."""
+"""Our Keras binding has the names and signatures of Horovod's."""
 
 import importlib
 import inspect
@@ -11,14 +11,14 @@ import pytest
 
 import horovod_recipes.keras as ours
 
-# Arguments that are deliberately not as Horovod's.
+# Signatures that differ from Horovod's on purpose, and why.
 DIFFERENT_ARGUMENTS = {
     "SyncBatchNormalization": (
         "(fused=False, **arguments)",
-        "only the name of what is passed on differs: Horovod's is **kwargs",
+        "Horovod calls the remaining arguments **kwargs.",
     ),
 }
-# What we have and `horovod.tensorflow.keras` has not, and where it is from.
+# Names that `horovod.tensorflow.keras` does not have, and their origin.
 ADDED = {
     "DistributedGradientTape": horovod.tensorflow,
     "PartialDistributedOptimizer": horovod.keras,
@@ -28,22 +28,27 @@ ADDED = {
     "broadcast_variables": horovod.tensorflow,
     "grouped_allreduce": horovod.tensorflow,
     "join": horovod.tensorflow,
+    "average_variables": None,  # In place, over the ranks.
     "evaluate": None,  # Counts every example of every rank once.
+    "sum_over_ranks": None,  # Of variables, in float64.
     "callbacks.AverageNonTrainableWeights": None,  # Batch-norm statistics.
     "callbacks.ExactMetrics": None,  # As if one process had seen all examples.
     "callbacks.ReplicaCheck": None,  # Finds ranks that have drifted apart.
     "callbacks.ReplicasDiffer": None,  # What it raises.
+    "callbacks.SECONDS_TO_SAY_WHY": None,  # Of Watchdog.
     "callbacks.Watchdog": None,  # Ends a job in which a rank hangs.
+    "callbacks.is_lost_rank": None,  # Tells errors of collectives from others.
+    "callbacks.lost_rank": None,  # Names the rank that a collective lacks.
     "elastic.ElasticSampler": None,  # Each example of an epoch once.
 }
 NAMESPACES = ["", "callbacks", "elastic"]
 
 
 def public_names(module):
-    """Returns what a module offers, without what it merely imports."""
+    """Returns a module's own names, without its imports."""
     if hasattr(module, "__all__"):
         return set(module.__all__)
-    # Its main module collects names from all of Horovod.
+    # Horovod's main module collects names from all of Horovod.
     package = "horovod" if module is upstream else module.__name__
     return {
         name
@@ -68,9 +73,9 @@ def both(namespace):
 
 
 def arguments(function):
-    """Returns the names, kinds and defaults, or None for what is no function.
+    """Returns each argument's name, kind and default; None for a constant.
 
-    Annotations and the names of objects in memory do not count.
+    Annotations do not count.
     """
     if not callable(function) or function is ours.Compression:
         return None

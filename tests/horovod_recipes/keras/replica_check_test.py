@@ -1,4 +1,4 @@
-"""Checksums of variables, and what is said of those that differ."""
+"""ReplicaCheck's checksums, and its description of differences."""
 
 import keras
 import numpy as np
@@ -45,7 +45,7 @@ def test_places_and_signs_count():
     variable = keras.Variable(np.zeros(3), trainable=False)
     checksums = _replica_check.checksum_function([variable])
     seen = set()
-    # Swaps, signs that swap, and changes that add up to 0.
+    # Swaps, swapped signs, and changes that add up to 0.
     rows = [[1, 2, 3], [2, 1, 3], [3, 2, 1], [1, -1, 0], [-1, 1, 0]]
     rows += [[0, 0, 0], [-0.0, 0, 0], [0, -0.0, 0], [2, 0, 4], [np.nan, 0, 0]]
     for row in rows:
@@ -57,7 +57,7 @@ def test_places_and_signs_count():
 
 
 def test_checksums_of_many_variables():
-    """A value of the definition, by hand, in another order of variables."""
+    """A checksum equals one computed by hand in Python's integers."""
     mask = 2**64 - 1
     bits = np.array([1.5, -2.0], "float32").view("uint32")
     expected = 0

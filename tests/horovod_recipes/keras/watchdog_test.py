@@ -1,4 +1,4 @@
-"""The watchdog of one process, and what it makes of the signs of others."""
+"""The watchdog in one process, with the beats of other ranks simulated."""
 
 import itertools
 import os
@@ -12,13 +12,14 @@ import tensorflow as tf
 from horovod.runner.http.http_server import KVStoreServer
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.errors import JobError
 from horovod_recipes.keras import _watchdog
 from horovod_recipes.keras._watchdog import HOST
 from horovod_recipes.keras._watchdog import SECONDS_TO_SAY_WHY
 from horovod_recipes.keras.callbacks import Watchdog
-from horovod_recipes.train import stop_reason
+from horovod_recipes.training.failures import explained
 
-# As the survivor of two ranks has it, with tensors in flight.
+# The error on one of two ranks when the other dies during an allreduce.
 IN_FLIGHT = tf.errors.UnknownError(
     None,
     None,
@@ -29,7 +30,7 @@ IN_FLIGHT = tf.errors.UnknownError(
 
 
 class Clock:
-    """Stands in for `time`: sleeping takes none."""
+    """Replaces `time`: sleeping takes no time."""
 
     def __init__(self):
         self.now = 0.0
@@ -43,7 +44,7 @@ class Clock:
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server such as that of horovodrun; all peers are in one block."""
+    """A server like that of horovodrun; all peers are in one block."""
     server = KVStoreServer(verbose=0)
     port = server.start_server()
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
@@ -55,7 +56,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def _alone(monkeypatch):
-    """As under MPI, and in a job of one process."""
+    """One process without a server, as under MPI."""
     monkeypatch.delenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", raising=False)
     hvd.init()
 
@@ -76,33 +77,35 @@ def test_names_a_silent_rank_in_a_job_of_any_size(server, monkeypatch, size):
         f"rank 1 on {HOST} is lost: nothing has been heard of it for "
     )
     assert "after step 7 of its training" in dog.lost_rank()
-    # All others know, whomever they watch.
+    # All other ranks know it too.
     last = _watchdog._Peers(size - 1, size)
     last.beat(steps=7)
-    assert last.found() == dog._peers.found()
-    # Who ends with an error stays until all have asked it.
+    assert last.find_problem() == dog._peers.find_problem()
+    # A rank that ends with an error waits until all ranks have read it.
     assert last.delay < last.period < SECONDS_TO_SAY_WHY
-    # Not too many requests for a server of one thread.
+    # The server has one thread.
     assert 3 * size / last.period <= 384
 
 
 @pytest.mark.parametrize("size", [2, 64, 512])
 def test_names_no_rank_that_lives(server, monkeypatch, size):
-    """With one of its beats lost, and the next one late by a second."""
+    """One of its beats is lost, and the next one is a second late."""
     clock = Clock()
     monkeypatch.setattr(_watchdog, "time", clock)
     peers, other = (_watchdog._Peers(rank, size) for rank in (0, 1))
     other.beat(steps=1)
     peers.beat(steps=1)
     clock.sleep(2 * peers.period + 1)
-    assert peers.found() is None
+    assert peers.find_problem() is None
     other.beat(steps=1)
     peers.beat(steps=1)
     clock.sleep(2 * peers.period + 1)
-    assert peers.found() is None
+    assert peers.find_problem() is None
     clock.sleep(1)
-    # This rank has not heard of the server either.
-    assert peers.found().startswith(f"rank 0 on {HOST} is cut off: it has not")
+    # This rank no longer reaches the server either.
+    assert peers.find_problem().startswith(
+        f"rank 0 on {HOST} is cut off: it has not"
+    )
 
 
 @pytest.mark.usefixtures("_alone")
@@ -110,36 +113,37 @@ def test_without_a_server_none_is_found_at_once():
     with Watchdog() as dog:
         begin = time.monotonic()
         assert _watchdog.lost_rank() is None
-        assert time.monotonic() - begin < _watchdog.PERIOD
-    dog._peers.tell("nobody")
-    assert dog._peers.found() is None
+        assert time.monotonic() - begin < _watchdog.BEAT_PERIOD_SECONDS
+    dog._peers.report("nobody reads this")
+    assert dog._peers.find_problem() is None
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_survivor_does_not_say_that_it_failed(server, wrapped):
-    """Nor does it when the error was made a `JobError` of."""
+    """Nor does it if a `JobError` was raised from the error."""
     hvd.init()
 
     def fail():
         with Watchdog():
             if wrapped:
-                raise stop_reason(OSError("a disk")) from IN_FLIGHT
+                raise JobError("a disk") from IN_FLIGHT
             raise IN_FLIGHT
 
     with pytest.raises(Exception, match=r"reset by peer|a disk"):
         fail()
     other = _watchdog._Peers(1, 2)
     other.beat(steps=0)
-    assert other.found() is None
+    assert other.find_problem() is None
 
 
 @pytest.mark.usefixtures("_alone")
-def test_rank_killed_in_an_allreduce_is_another_one():
-    assert str(stop_reason(IN_FLIGHT)) == (
-        "rank 0 stopped: another rank did; see what that one printed"
-    )
-    own = tf.errors.UnknownError(None, None, "OSError: the disk is on fire")
-    assert str(stop_reason(own)).startswith("rank 0 failed: UnknownError: OSE")
+def test_error_in_an_allreduce_names_another_rank():
+    with pytest.raises(JobError, match="rank 0 stopped: another rank"):
+        with explained():
+            raise IN_FLIGHT
+    with pytest.raises(JobError, match="rank 0 failed: UnknownError: OSErr"):
+        with explained():
+            raise tf.errors.UnknownError(None, None, "OSError: disk on fire")
 
 
 @pytest.mark.usefixtures("_alone")
@@ -150,7 +154,7 @@ def test_second_block_watches_too():
     assert not dog._thread.is_alive()
     with dog:
         assert dog._steps == 0
-        time.sleep(3 * _watchdog.PERIOD)
+        time.sleep(3 * _watchdog.BEAT_PERIOD_SECONDS)
         assert dog._thread.is_alive()
 
 
@@ -161,14 +165,14 @@ def test_failed_collective_is_not_waited_for_in_the_next_block():
 
     with Watchdog() as dog:
         with pytest.raises(tf.errors.UnknownError):
-            _watchdog.noted(fail)([tf.ones(3)])
+            _watchdog.tracked(fail)([tf.ones(3)])
         assert dog._waits()
     with Watchdog() as dog:
         assert not dog._waits()
 
 
 def test_installed_packages_are_no_libraries():
-    """Outside of virtual environments they are in the standard library's."""
+    """They may be in a folder inside the standard library's."""
     standard = pathlib.Path(os.__file__).parent
     for folder in ("site-packages", "dist-packages"):
         path = standard / folder / "theirs" / "model.py"

@@ -1,0 +1,66 @@
+"""What the binding reaches for inside Keras and TensorFlow, and when."""
+
+import subprocess
+import sys
+
+import pytest
+
+from horovod_recipes.keras._keras_hooks import PRIVATE_NAMES
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "why"), PRIVATE_NAMES, ids=[p.name for p in PRIVATE_NAMES]
+)
+def test_this_version_has_the_private_name(owner, name, why):
+    assert hasattr(owner(), name), f"{owner()!r} lacks {name}. {why}"
+
+
+def test_keras_is_patched_once_and_only_when_needed():
+    script = """
+import inspect
+import keras
+
+def classes():
+    modules = [keras, keras.callbacks, keras.layers, keras.metrics]
+    modules += [keras.models, keras.optimizers]
+    found = {v for m in modules for v in vars(m).values() if inspect.isclass(v)}
+    return {base for cls in found for base in cls.__mro__ if base is not object}
+
+def methods():
+    return {
+        (cls, name): value
+        for cls in classes()
+        for name, value in vars(cls).items()
+        if callable(value)
+    }
+
+def changed(before):
+    now = methods()
+    return {
+        f"{cls.__name__}.{name}"
+        for cls, name in before.keys() | now.keys()
+        if before.get((cls, name)) is not now.get((cls, name))
+    }
+
+plain = methods()
+assert len(plain) > 1000
+
+import horovod_recipes.keras as hvd
+import horovod_recipes.keras.callbacks
+import horovod_recipes.keras.elastic
+hvd.init()
+hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+hvd.SyncBatchNormalization()
+assert changed(plain) == set(), changed(plain)
+
+hvd.DistributedOptimizer(keras.optimizers.SGD())
+assert changed(plain) == {
+    "LossScaleOptimizer.__init__",
+    "Model.make_train_function",
+}, changed(plain)
+
+patched = methods()
+hvd.DistributedOptimizer(keras.optimizers.Adam())
+assert changed(patched) == set(), changed(patched)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
