@@ -3,10 +3,10 @@
 python -m horovod_recipes.plan --config=resnet50:32k --ranks=256
     --hardware=a100 [--config.key=value ...] [--output=DIR]
 
-Prints how the global batch is made up, the schedule, the memory that a device
-needs, and the time of a step and its parts, also for other numbers of ranks. It
-needs no dataset, no GPU, no Horovod and no other rank. docs/plan.md explains the
-estimates, and compares them with published figures.
+Prints the parts of the global batch, the schedule, the memory of a device, and
+the time of a step, also for other numbers of ranks. It needs no dataset, no
+GPU, no Horovod and no other rank. docs/plan.md explains the estimates, and
+compares them with published figures.
 """
 
 import pathlib

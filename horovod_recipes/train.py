@@ -29,8 +29,13 @@ flags.DEFINE_bool(
 )
 
 
-def main(argv):
-    """Runs a job from its command line; returns the exit status."""
+def main(argv, callbacks=()):
+    """Runs a job from its command line; returns the exit status.
+
+    Args:
+        argv: List of strings, the command line.
+        callbacks: Keras callbacks of your own, for `train_and_evaluate`.
+    """
     if "--help" in argv:
         print(__doc__, FLAGS, sep="")
         return 0
@@ -44,7 +49,7 @@ def main(argv):
         from horovod_recipes.training.callbacks import StoppedBySigterm
 
     try:
-        summary = run(argv)
+        summary = run(argv, callbacks)
     except StoppedBySigterm as stop:
         if hvd.rank() == 0:
             print(
@@ -65,7 +70,7 @@ def main(argv):
     return 0
 
 
-def run(argv):
+def run(argv, callbacks):
     """Parses the command line, and runs the job; returns its summary."""
     import horovod_recipes.keras as hvd
     from horovod_recipes.training import process
@@ -89,7 +94,9 @@ def run(argv):
     with raised_on_every_rank():
         if FLAGS.rehearse and hvd.rank() == 0:
             rehearsal.write_dataset(images)
-    return train_and_evaluate(FLAGS.config, config_name, FLAGS.workdir, mode)
+    return train_and_evaluate(
+        FLAGS.config, config_name, FLAGS.workdir, mode, callbacks
+    )
 
 
 def run_mode():

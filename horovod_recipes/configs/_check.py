@@ -23,6 +23,7 @@ COUNTS = (
     "hang_seconds",
 )
 KEYS = COUNTS + (
+    "task",
     "model.name",
     "dataset.name",
     "dataset.data_dir",

@@ -2,52 +2,71 @@
 
     python -m horovod_recipes.data mnist5k [--data_dir=DIR]
 
-Takes any TFDS name; those that TFDS cannot download, such as imagenet2012,
-want their archives in DIR/downloads/manual.
+Takes any TFDS name. Some datasets, such as imagenet2012, cannot be downloaded
+by TFDS: put their archives into DIR/downloads/manual first.
 """
 
 import argparse
 import sys
 import tarfile
 
-import tensorflow as tf
-
+from horovod_recipes._quiet import without_banner
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
-from horovod_recipes.data.sources import find_builder
 
 
-def main():
+def main(arguments):
+    """Prepares the dataset that a command line names; returns the status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m horovod_recipes.data",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("name")
-    parser.add_argument("--data_dir", default=None)
-    arguments = parser.parse_args()
+    parser.add_argument("name", help="the name of a TFDS dataset")
+    parser.add_argument(
+        "--data_dir", help="TFDS's data folder; TFDS_DATA_DIR by default"
+    )
+    options = parser.parse_args(arguments)
+    with without_banner():
+        from horovod_recipes.data.sources import find_builder
     try:
-        builder = find_builder(arguments.name, arguments.data_dir)
-        builder.download_and_prepare()
+        builder = find_builder(options.name, options.data_dir)
+        prepare(builder)
     except JobError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{builder.info.full_name} is in {builder.data_path}")
+    return 0
+
+
+def prepare(builder):
+    """Downloads and writes a dataset, unless it is on disk.
+
+    Raises:
+        JobError: If an archive or a package is missing.
+    """
+    import tensorflow as tf
+
+    try:
+        builder.download_and_prepare()
     except ModuleNotFoundError as error:
-        sys.exit(
-            f"error: {arguments.name} needs the package {error.name}; install "
-            f"it with: pip install {error.name}"
-        )
+        raise JobError(
+            f"{builder.name} needs the package {error.name}; install it with: "
+            f"pip install {error.name}"
+        ) from None
     except (
-        AssertionError,  # TFDS's, where there is no folder of archives
+        AssertionError,  # TFDS raises it where the archives' folder is missing.
         tarfile.ReadError,
         tf.errors.NotFoundError,
         tf.errors.OutOfRangeError,
         OSError,
     ) as error:
-        sys.exit(
-            f"error: cannot prepare {arguments.name}: {one_line(error)}; is an "
-            f"archive in {builder.data_path.parents[1]}/downloads/manual "
-            "missing or cut short?"
-        )
-    print(f"{builder.info.full_name} is in {builder.data_path}")
+        raise JobError(
+            f"cannot prepare {builder.name}: {one_line(error)}; is an archive "
+            f"in {builder.data_path.parents[1]}/downloads/manual missing or "
+            "cut short?"
+        ) from None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -137,9 +137,7 @@ def training_batches(
         key, _ = tf.unstack(
             tf.random.experimental.stateless_fold_in(epoch_seed, 0)
         )
-        groups = _decode(
-            records, source, augmentation, key, shape, rank_input
-        )
+        groups = _decode(records, source, augmentation, key, shape, rank_input)
         batches = groups.rebatch(rank_input.batch_size, drop_remainder=True)
         missing = _error_instead_of_a_batch(batches.element_spec)
         batches = batches.concatenate(missing)

@@ -46,15 +46,15 @@ def make_plan(config, ranks, hardware_name):
     Args:
         config: A `ConfigDict`, as those in `horovod_recipes.configs`.
         ranks: Integer, one device each.
-        hardware_name: String, a key of `horovod_recipes.planning.hardware.HARDWARE`.
+        hardware_name: String, a key of `planning.hardware.HARDWARE`.
 
     Returns:
         A dict of dicts and lists that JSON can hold; times in seconds, memory
         in bytes.
 
     Raises:
-        JobError: If the config, the number of ranks or the hardware do not
-            serve.
+        JobError: If the config, the number of ranks or the hardware are not
+            usable.
     """
     check_config(config)
     hardware = find_hardware(hardware_name, config.precision)

@@ -2,8 +2,11 @@
 
 import dataclasses
 import pathlib
+import warnings
 
+import keras
 import numpy as np
+from ml_collections import ConfigDict
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.configs._check import check_config
@@ -19,9 +22,12 @@ from horovod_recipes.training.build import create_optimizer
 from horovod_recipes.training.build import create_schedule
 from horovod_recipes.training.failures import explained
 from horovod_recipes.training.failures import raised_on_every_rank
+from horovod_recipes.training.job_size import JobSize
 from horovod_recipes.training.job_size import job_size
-from horovod_recipes.training.tasks import TASKS
+from horovod_recipes.training.tasks import Classification
+from horovod_recipes.training.tasks import find_task
 from keras_lars.callbacks import TrustRatioLogger
+from keras_lars.schedules import WarmupPolynomialDecay
 
 
 def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
@@ -66,13 +72,13 @@ def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
 class Job:
     """A job that is ready to run; its parts, in the order they are made."""
 
-    config: object
+    config: ConfigDict
     name: str
     workdir: pathlib.Path
-    size: object
-    schedule: object
-    model: object
-    task: object
+    size: JobSize
+    schedule: WarmupPolynomialDecay
+    model: keras.Model
+    task: Classification
     corrupt_images: CorruptImages
     throughput: job_callbacks.Throughput
     target: job_callbacks.TargetTop1 = None
@@ -90,7 +96,7 @@ def prepare(config, name, workdir):
         size = job_size(config, hvd.size())
         schedule = create_schedule(config, size)
         corrupt_images = CorruptImages(config.dataset.corrupt_images)
-        task = TASKS[config.task](config, size, source, corrupt_images)
+        task = find_task(config)(config, size, source, corrupt_images)
         process.set_seeds(config)
         model = create_network(
             config, source.image_shape(config.dataset.image_size)
@@ -278,17 +284,20 @@ def fit(job, part, evaluation, callbacks):
         [job.config.seed, hvd.rank()],
         epoch * size.micro_batches_per_epoch + micro_batches_done,
     )
-    history = job.model.fit(
-        job.task.training_dataset(epoch, updates_done),
-        validation_data=evaluation,
-        validation_freq=evaluation_epochs(job.config),
-        steps_per_epoch=size.micro_batches_per_epoch - micro_batches_done,
-        initial_epoch=epoch,
-        epochs=end,
-        callbacks=callbacks,
-        shuffle=False,
-        verbose=1 if hvd.rank() == 0 else 0,
-    )
+    with warnings.catch_warnings():
+        # Keras prints this for every dataset whose length is unknown.
+        warnings.filterwarnings("ignore", "Your input ran out of data")
+        history = job.model.fit(
+            job.task.training_dataset(epoch, updates_done),
+            validation_data=evaluation,
+            validation_freq=evaluation_epochs(job.config),
+            steps_per_epoch=size.micro_batches_per_epoch - micro_batches_done,
+            initial_epoch=epoch,
+            epochs=end,
+            callbacks=callbacks,
+            shuffle=False,
+            verbose=1 if hvd.rank() == 0 else 0,
+        )
     top1 = history.history.get("val_top1", [None])[-1]
     return top1, history.epoch[-1] + 1
 

@@ -1,7 +1,6 @@
 """What a job sets for its whole process, before it builds anything."""
 
 import sys
-import warnings
 
 import keras
 import tensorflow as tf
@@ -22,9 +21,7 @@ def write_whole_lines():
 
 
 def silence_libraries():
-    """Keeps TensorFlow, absl and Keras from printing what helps nobody."""
-    # Keras prints this for every dataset whose length is unknown.
-    warnings.filterwarnings("ignore", "Your input ran out of data")
+    """Has TensorFlow and absl print errors only."""
     tf.get_logger().setLevel("ERROR")
     logging.set_verbosity(logging.ERROR)
 

@@ -12,6 +12,7 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.data.pipeline import RankInput
 from horovod_recipes.data.pipeline import evaluation_batches
 from horovod_recipes.data.pipeline import training_batches
+from horovod_recipes.errors import JobError
 
 
 class Classification:
@@ -77,6 +78,19 @@ class Classification:
 
 
 TASKS = {"classification": Classification}
+
+
+def find_task(config):
+    """Returns the class of the config's task.
+
+    Raises:
+        JobError: If there is none of that name.
+    """
+    if config.task not in TASKS:
+        raise JobError(
+            f"task must be one of {', '.join(TASKS)}, but is {config.task}"
+        )
+    return TASKS[config.task]
 
 
 def _input_threads(config):

@@ -1,7 +1,7 @@
-"""The working folder of a run, and its checkpoints: save, keep, restore.
+"""The work folder of a run, and its checkpoints: save, keep, restore.
 
-A checkpoint is a `.keras` file, with the optimizer's state, that Keras loads
-without Horovod, and beside it a JSON file with what the job had measured.
+A checkpoint is a `.keras` file with the optimizer's state. Keras loads it
+without Horovod. A JSON file beside it holds what the job had measured.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 from keras_lars._files import written_atomically
 
-# All that a run writes, and so all that --overwrite deletes.
+# A run writes these, and --overwrite deletes them.
 RUN_FILES = (
     "config.json",
     "checkpoints",
@@ -27,9 +27,9 @@ RUN_FILES = (
     "tensorboard",
     "trust_ratios",
 )
-# Keys that a run may be resumed with another value of: they change where it
-# reads, what it writes, and how it fits on its devices. Of what it computes,
-# micro-batches change the statistics of batch norm and dropout's masks.
+# A run may be resumed with other values of these keys. They change where it
+# reads, what it writes, and how it fits on its devices. Micro-batches also
+# change the statistics of batch norm, and the masks of dropout.
 FREE_KEYS = {
     "dataset.data_dir",
     "dataset.corrupt_images",
@@ -54,8 +54,8 @@ def prepare_workdir(workdir, config, mode):
     """Makes the folder ready for a run; rank 0 alone calls this.
 
     Raises:
-        JobError: If the folder cannot be written to, or if what it holds does
-            not go with `mode` and `config`.
+        JobError: If the folder cannot be written to, or if its contents do not
+            match `mode` and `config`.
     """
     try:
         saved_config = read_config(workdir)
@@ -90,12 +90,11 @@ def read_config(workdir):
 def check_overwritable(saved_config, workdir, mode):
     if saved_config is None:
         raise JobError(
-            f"{workdir} holds files that are not of a run; choose another "
-            "--workdir"
+            f"{workdir} holds files that no run wrote; choose another --workdir"
         )
     if mode == "new":
         raise JobError(
-            f"{workdir} holds a run; go on with it (--resume), delete it "
+            f"{workdir} holds a run; continue it (--resume), delete it "
             "(--overwrite), or choose another --workdir"
         )
 
@@ -125,7 +124,7 @@ def check_same_config(saved, config, workdir):
     ]
     if differences:
         raise JobError(
-            f"the run in {workdir} cannot go on with another config: "
+            f"the run in {workdir} cannot continue with another config: "
             f"{'; '.join(differences)}. Use the same values, or another "
             "--workdir"
         )
@@ -142,13 +141,13 @@ def _flatten(values, prefix=""):
 
 
 def read_summary(workdir):
-    """Returns the summary of a run that is finished, else None."""
+    """Returns the summary of a finished run; None if it is not finished."""
     path = workdir / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_summary(workdir, summary):
-    """Writes the file that says that a run is finished, in one line."""
+    """Writes the file that marks a run as finished."""
     with written_atomically(workdir / "summary.json") as part:
         part.write_text(json.dumps(summary) + "\n")
 
@@ -165,11 +164,11 @@ def restore_latest(workdir, model):
     """Loads the newest checkpoint into a compiled model.
 
     Returns:
-        The number of updates done, and what `save` was given with it; `(0,
+        The number of updates done, and the measurements that `save` got; `(0,
         {})` if there is no checkpoint yet.
 
     Raises:
-        JobError: If the checkpoint is of another model or optimizer.
+        JobError: If another model or optimizer wrote the checkpoint.
     """
     paths = saved_steps(workdir)
     if not paths:
@@ -180,8 +179,8 @@ def restore_latest(workdir, model):
         measured = json.loads(path.with_suffix(".json").read_text())
     except Exception as error:
         raise JobError(
-            f"cannot load {path} ({one_line(error)}); delete it to go on from "
-            "the checkpoint before it"
+            f"cannot load {path} ({one_line(error)}); delete it to continue "
+            "from the checkpoint before it"
         ) from error
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
@@ -191,8 +190,8 @@ def restore_latest(workdir, model):
     ):
         if _description(ours) != _description(theirs):
             raise JobError(
-                f"{path} was saved from another {kind}; go on with the code "
-                "it was saved with, or choose another --workdir"
+                f"{path} was saved from another {kind}; continue with the code "
+                "that saved it, or choose another --workdir"
             )
     for variable, value in zip(
         model.weights + optimizer.variables,
@@ -200,7 +199,7 @@ def restore_latest(workdir, model):
         strict=True,
     ):
         variable.assign(value)
-    # What a killed job had written after that comes again.
+    # The job repeats what it did after this checkpoint, and writes it again.
     for best in (workdir / "best").glob("top1-*-step-*.keras"):
         if int(best.stem.rpartition("-")[2]) > max(paths):
             best.unlink()
@@ -208,7 +207,7 @@ def restore_latest(workdir, model):
 
 
 def _description(model_or_optimizer):
-    """Returns what must be equal for a state to be loaded."""
+    """Returns what must be equal before a state can be loaded."""
     if isinstance(model_or_optimizer, keras.Model):
         return [(v.path, v.shape) for v in model_or_optimizer.weights]
     return keras.saving.serialize_keras_object(model_or_optimizer)
@@ -221,11 +220,11 @@ def save(workdir, model, steps_done, measured, keep):
         workdir: `pathlib.Path`; files go to its folder `checkpoints`.
         model: The compiled model.
         steps_done: Integer, the updates done.
-        measured: What `restore_latest` is to return, fit for JSON.
+        measured: Dict for JSON, which `restore_latest` returns.
         keep: Integer, how many of the newest to keep.
 
     Raises:
-        JobError: If it cannot be written; those before it stay.
+        JobError: If it cannot be written; older checkpoints stay.
     """
     folder = workdir / "checkpoints"
     path = folder / f"step-{steps_done:08d}.keras"
@@ -254,7 +253,7 @@ def save_if_best(workdir, model, steps_done, top1, keep):
     """
     folder = workdir / "best"
     path = folder / f"top1-{top1:07.3f}-step-{steps_done:08d}.keras"
-    # By top-1, and the later of equals first.
+    # By top-1; of equal ones the later first.
     best = sorted([*folder.glob("top1-*.keras"), path], reverse=True)[:keep]
     if path not in best:
         return
@@ -274,11 +273,11 @@ def _cannot_write(path):
     except OSError as error:
         raise JobError(
             f"cannot write the checkpoint {path}: {error.strerror}; those "
-            "before it are good: make room, and go on with --resume"
+            "before it are good: make room, and continue with --resume"
         ) from error
 
 
 def _delete_halves(folder):
-    """Deletes what a job that was killed while it wrote has left."""
+    """Deletes the half-written files that a killed job has left."""
     for path in folder.glob(".part-*"):
         path.unlink()

@@ -1,18 +1,16 @@
 """Each ImageNet recipe against the tables of its sources."""
 
 import importlib
-import math
 import pathlib
 import re
 
 import pytest
 
-from horovod_recipes.configs import demo
 from horovod_recipes.configs._check import check_config
-from horovod_recipes.configs._check import job_size
 from horovod_recipes.errors import JobError
-from horovod_recipes.train import create_schedule
-from keras_lars import LARS
+from horovod_recipes.training.build import create_optimizer
+from horovod_recipes.training.build import create_schedule
+from horovod_recipes.training.job_size import job_size
 
 K = 1024
 # Typed from the paper's tables: batch, rate, warm-up epochs, top-1.
@@ -119,7 +117,7 @@ def assert_common(config):
     assert config.dataset.test_examples == 50000
     assert config.dataset.test_split == "validation"
     check_config(config)
-    optimizer = LARS(1.0, **config.optimizer)
+    optimizer = create_optimizer(config, schedule=1.0)
     assert optimizer.trust_coefficient == 0.001
     assert optimizer.epsilon == 0
     assert optimizer.momentum_style == "paper"
@@ -145,9 +143,11 @@ def test_rows_of_the_paper(family, variant, row):
     size = 224 if family == "resnet50" else 227
     assert config.dataset.image_size == size
     if "sgd" in variant:
+        assert config.optimizer_name == "sgd"
         assert optimizer.exclude_from_layer_adaptation == [".*"]
         assert optimizer.unadapted_scale == 1.0
     else:
+        assert config.optimizer_name == "lars"
         assert optimizer.exclude_from_layer_adaptation is None
         scale = 0.01 if family == "alexnet" else 1.0
         assert optimizer.unadapted_scale == scale
@@ -239,42 +239,6 @@ def test_table_of_the_readme():
     assert stated == expected
     for variant, (*_, epochs, first, last) in MLPERF.items():
         assert f"| `{variant}` | {first} to {last} | {epochs} |" in readme
-
-
-@pytest.mark.parametrize(("family", "variant"), ALL)
-@pytest.mark.parametrize("ranks", [1, 8, 256])
-def test_batch_arithmetic(family, variant, ranks):
-    config = module(family).get_config(variant)
-    job = job_size(config, ranks)
-    assert job.global_batch_size == config.global_batch_size
-    assert job.micro_batch_size <= config.max_micro_batch_size
-    share = config.global_batch_size // ranks
-    fewest = math.ceil(share / config.max_micro_batch_size)
-    assert job.accumulation_steps == fewest
-
-
-@pytest.mark.parametrize(
-    ("family", "variant", "ranks", "micro_batch", "accumulation"),
-    [
-        ("resnet50", "32k", 256, 64, 2),
-        ("resnet50", "32k", 8, 64, 64),
-        ("resnet50_mlperf", "64k", 512, 128, 1),
-        ("alexnet", "8k", 4, 512, 4),
-        ("alexnet_bn", "512", 2, 128, 2),
-    ],
-)
-def test_micro_batches(family, variant, ranks, micro_batch, accumulation):
-    job = job_size(module(family).get_config(variant), ranks)
-    assert job.micro_batch_size == micro_batch
-    assert job.accumulation_steps == accumulation
-
-
-def test_share_that_no_power_of_two_divides():
-    """500 images a rank, of which 64 fit: 10 micro-batches of 50."""
-    config = demo.get_config()
-    config.update(global_batch_size=1000, max_micro_batch_size=64)
-    job = job_size(config, ranks=2)
-    assert (job.micro_batch_size, job.accumulation_steps) == (50, 10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from horovod_recipes.configs import demo
 from horovod_recipes.data import augmentations
 from horovod_recipes.data import pipeline
-from horovod_recipes.configs import demo
-from horovod_recipes.errors import JobError
 from horovod_recipes.data.sources import load_source
+from horovod_recipes.errors import JobError
 from tests.corrupt_dataset import write_corrupt_copy
+from tests.horovod_recipes.data.common import rank_input
 
 
 @pytest.fixture(scope="module")
@@ -27,30 +28,22 @@ def dataset_config(**changes):
 
 
 def training(source, changes=(), **arguments):
-    defaults = dict(
-        config=dataset_config(**dict(changes)),
-        rank=0,
-        ranks=2,
-        batch_size=500,
-        batches_per_epoch=4,
-        first_epoch=0,
-        first_batch=0,
-        seed=0,
-        threads=2,
-        corrupt_images=input_pipeline.CorruptImages("stop"),
+    of_rank = {
+        name: arguments.pop(name)
+        for name in ("rank", "ranks", "batch_size", "corrupt_images")
+        if name in arguments
+    }
+    return pipeline.training_batches(
+        source,
+        dataset_config(**dict(changes)),
+        rank_input(**({"ranks": 2} | of_rank)),
+        **({"batches_per_epoch": 4} | arguments),
     )
-    return input_pipeline.training_batches(source, **(defaults | arguments))
 
 
 def evaluation(source, rank, ranks, batch_size=500, **changes):
-    return input_pipeline.evaluation_batches(
-        source,
-        dataset_config(**changes),
-        rank,
-        ranks,
-        batch_size,
-        threads=2,
-        corrupt_images=input_pipeline.CorruptImages("stop"),
+    return pipeline.evaluation_batches(
+        source, dataset_config(**changes), rank_input(rank, ranks, batch_size)
     )
 
 
@@ -136,7 +129,7 @@ def test_resuming_at_a_step_sees_what_an_uninterrupted_run_sees(
     source, global_seed, action, cache
 ):
     changes = {"augmentation": "random_affine", "cache": cache}
-    corrupt = input_pipeline.CorruptImages(action)
+    corrupt = pipeline.CorruptImages(action)
     whole = list(training(source, changes, corrupt_images=corrupt).take(10))
     tf.random.set_seed(global_seed)
     resumed = training(
@@ -172,15 +165,11 @@ def test_random_affine_moves_a_little_and_keeps_the_ink():
 
 def test_corrupt_image_is_skipped_and_counted(source, tmp_path, capsys):
     folder, names = write_corrupt_copy(tmp_path, "test", [3, 700])
-    corrupt = input_pipeline.CorruptImages("skip")
-    batches = input_pipeline.evaluation_batches(
+    corrupt = pipeline.CorruptImages("skip")
+    batches = pipeline.evaluation_batches(
         load_source("mnist5k", folder),
         dataset_config(),
-        rank=0,
-        ranks=1,
-        batch_size=500,
-        threads=2,
-        corrupt_images=corrupt,
+        rank_input(corrupt_images=corrupt),
     )
     for _ in range(2):
         assert sum(len(labels) for _, labels in batches) == 998
@@ -204,15 +193,11 @@ def photos_of_greys(folder, corrupt):
 # A group has 32: one PNG in each, the corrupt first and last, none good.
 @pytest.mark.parametrize("corrupt", [[], [0, 31, 39], range(32, 40)])
 def test_groups_of_jpegs_and_pngs_and_corrupt_images(tmp_path, corrupt):
-    action = input_pipeline.CorruptImages("skip")
-    batches = input_pipeline.evaluation_batches(
+    action = pipeline.CorruptImages("skip")
+    batches = pipeline.evaluation_batches(
         photos_of_greys(tmp_path, corrupt),
         dataset_config(test_split="test", image_size=8),
-        rank=0,
-        ranks=1,
-        batch_size=7,
-        threads=2,
-        corrupt_images=action,
+        rank_input(batch_size=7, corrupt_images=action),
     )
     sizes, greys = [], []
     for images, labels in batches:
@@ -230,7 +215,7 @@ def test_skipped_images_are_made_up_for_within_the_epoch(tmp_path):
         load_source("mnist5k", folder),
         batch_size=2000,
         batches_per_epoch=1,
-        corrupt_images=input_pipeline.CorruptImages("skip"),
+        corrupt_images=pipeline.CorruptImages("skip"),
     )
     for images, _ in batches.take(2):
         assert len(images) == 2000

@@ -10,13 +10,15 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from horovod_recipes.data import pipeline
-from horovod_recipes.training import rehearsal
-from horovod_recipes.data import sources
 from horovod_recipes.configs import demo
-from horovod_recipes.data.datasets import __main__ as datasets
+from horovod_recipes.data import pipeline
+from horovod_recipes.data import sources
+from horovod_recipes.data.__main__ import main as prepare
 from horovod_recipes.errors import JobError
-from tests.jobs import launcher
+from horovod_recipes.training import rehearsal
+from tests.horovod_recipes.data.common import rank_input
+from tests.jobs.launcher import error_lines
+from tests.jobs.launcher import run
 
 TRAIN_IMAGES, TEST_IMAGES, FILES = 24, 16, 4
 # The first classes of all, in the order of ImageNet's names.
@@ -228,21 +230,13 @@ def test_folder_that_is_none_or_has_no_images(folder):
 def training(source, **changes):
     config = demo.get_config().dataset
     config.update(augmentation="none", image_size=8)
-    arguments = dict(
-        rank=0,
-        ranks=1,
-        batch_size=4,
-        batches_per_epoch=6,
-        first_epoch=0,
-        first_batch=0,
-        seed=0,
-        threads=2,
-        corrupt_images=input_pipeline.CorruptImages("stop"),
-    )
     service = changes.pop("service", None)
     config.update(changes.pop("config", {}), service=service)
-    return input_pipeline.training_batches(
-        source, config, **(arguments | changes)
+    return pipeline.training_batches(
+        source,
+        config,
+        rank_input(batch_size=changes.pop("batch_size", 4)),
+        **({"batches_per_epoch": 6} | changes),
     )
 
 
@@ -336,27 +330,26 @@ def assert_refused(error, data_dir):
     ],
 )
 def test_archives_that_are_missing_or_cut_short(
-    break_tars, files, tmp_path, monkeypatch
+    break_tars, files, tmp_path, capsys
 ):
     write_imagenet_tars(tmp_path)
     for file in files:
         break_tars(tmp_path / "downloads" / "manual" / file)
-    arguments = ["datasets", "imagenet2012", f"--data_dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as exit_info:
-        datasets.main()
-    assert_refused(exit_info.value.code, tmp_path)
+    capsys.readouterr()
+    assert prepare(["imagenet2012", f"--data_dir={tmp_path}"]) == 1
+    *_, error = capsys.readouterr().err.splitlines()
+    assert_refused(error, tmp_path)
 
 
 def test_folder_of_archives_that_is_missing(tmp_path):
-    result = jobs.run(
+    result = run(
         sys.executable,
         "-m",
-        "horovod_recipes.data.datasets",
+        "horovod_recipes.data",
         "imagenet2012",
         f"--data_dir={tmp_path}",
     )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    (error,) = jobs.error_lines(result)
+    (error,) = error_lines(result)
     assert_refused(error, tmp_path)

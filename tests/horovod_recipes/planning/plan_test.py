@@ -13,13 +13,13 @@ import pytest
 from keras import layers
 
 from benchmarks.speed import allreduce_model
-from horovod_recipes import plan
 from horovod_recipes.configs import demo
 from horovod_recipes.configs import resnet50
-from horovod_recipes.configs._check import JobSize
-from horovod_recipes.configs._check import job_size
 from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
+from horovod_recipes.models.flops import training_flops
+from horovod_recipes.planning import estimate
+from horovod_recipes.planning import page
 from horovod_recipes.planning.hardware import HARDWARE
 from horovod_recipes.planning.hardware import RESNET50_V1
 from horovod_recipes.planning.hardware import RESNET50_V1_5
@@ -28,8 +28,10 @@ from horovod_recipes.planning.hardware import allreduce_seconds
 from horovod_recipes.planning.hardware import find_hardware
 from horovod_recipes.planning.hardware import ring_seconds
 from horovod_recipes.planning.hardware import tree_seconds
+from horovod_recipes.training.job_size import JobSize
+from horovod_recipes.training.job_size import job_size
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 DOCUMENT = (ROOT / "docs/plan.md").read_text()
 MEASURED = json.loads((ROOT / "docs/results/allreduce_model.json").read_text())
 
@@ -123,7 +125,7 @@ def tiny_model(precision):
 
 def test_flops():
     # 16 places x 18 and 4 weights, and 6 weights; two FLOPs each, three passes.
-    assert plan.training_flops(tiny_model("float32")) == 6 * (16 * 22 + 6)
+    assert training_flops(tiny_model("float32")) == 6 * (16 * 22 + 6)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +133,11 @@ def test_flops():
 )
 def test_flops_of_resnet50(version, flops):
     model = MODELS["resnet50"]((224, 224, 3), 1000, version=version)
-    assert plan.training_flops(model) == flops
+    assert training_flops(model) == flops
 
 
 def test_memory():
-    memory = plan.memory_per_device(
+    memory = estimate.memory_per_device(
         tiny_model("float32"), "float32", JobSize(2, 5, 3, 1, 1)
     )
     # 18 weights, 2 scales and 2 offsets, 4 weights, 6 weights and 3 biases;
@@ -153,7 +155,7 @@ def test_memory():
 
 
 def test_memory_in_half_precision_on_one_rank():
-    memory = plan.memory_per_device(
+    memory = estimate.memory_per_device(
         tiny_model("mixed_bfloat16"), "mixed_bfloat16", JobSize(1, 5, 1, 1, 1)
     )
     assert memory == {
@@ -167,7 +169,7 @@ def test_memory_in_half_precision_on_one_rank():
 
 
 def test_step():
-    step = plan.step_seconds(TOY, 1e9, 1e6, 1e8, JobSize(2, 5, 3, 1, 1))
+    step = estimate.step_seconds(TOY, 1e9, 1e6, 1e8, JobSize(2, 5, 3, 1, 1))
     assert step == {
         # 15 images of 1 MFLOP at 1 GFLOP/s.
         "forward_and_backward": pytest.approx(0.015),
@@ -180,7 +182,7 @@ def test_step():
 
 @pytest.fixture(scope="module")
 def resnet50_plan():
-    return plan.make_plan(resnet50.get_config("32k"), 256, "a100")
+    return estimate.make_plan(resnet50.get_config("32k"), 256, "a100")
 
 
 def test_plan_is_that_of_the_job(resnet50_plan):
@@ -232,16 +234,16 @@ def test_scaling_table(resnet50_plan):
 def test_ranks_that_do_not_divide_the_batch_say_so():
     config = demo.get_config()
     config.global_batch_size = 1000
-    made = plan.make_plan(config, 2, "cpu")
+    made = estimate.make_plan(config, 2, "cpu")
     notes = {row["ranks"]: row["note"] for row in made["scaling"]}
     assert notes[8] == ""
     assert notes[16].startswith("global_batch_size 1000 is not divisible by 16")
-    assert "   16  global_batch_size 1000 is not" in plan.as_text(made, "demo")
+    assert "   16  global_batch_size 1000 is not" in page.as_text(made, "demo")
 
 
 def test_memory_that_does_not_suffice_says_so(resnet50_plan):
-    assert "DOES NOT FIT" not in plan.as_text(resnet50_plan, "resnet50:32k")
-    lines = plan.memory_lines({"activations": 2e9}, available=1e9)
+    assert "DOES NOT FIT" not in page.as_text(resnet50_plan, "resnet50:32k")
+    lines = page.memory_lines({"activations": 2e9}, available=1e9)
     assert lines[-1].endswith("2.000  of 1, and temporaries: DOES NOT FIT")
 
 
@@ -255,16 +257,16 @@ def test_memory_that_does_not_suffice_says_so(resnet50_plan):
 )
 def test_errors(ranks, hardware, message):
     with pytest.raises(JobError, match=re.escape(message)):
-        plan.make_plan(demo.get_config(), ranks, hardware)
+        estimate.make_plan(demo.get_config(), ranks, hardware)
 
 
 def test_folder_of_images():
     config = demo.get_config()
     config.dataset.name = "folder"
     with pytest.raises(JobError, match=r"set --config\.dataset\.image_size"):
-        plan.make_plan(config, 2, "cpu")
+        estimate.make_plan(config, 2, "cpu")
     config.dataset.image_size = 28
-    assert plan.image_shape(config.dataset) == (28, 28, 3)
+    assert estimate.image_shape(config.dataset) == (28, 28, 3)
 
 
 def test_every_speed_is_below_the_peak():
@@ -275,13 +277,13 @@ def test_every_speed_is_below_the_peak():
 
 
 def test_duration():
-    assert plan.duration(59.6) == "1 min 00 s"
-    assert plan.duration(3599) == "59 min 59 s"
-    assert plan.duration(2 * 3600 + 30) == "2 h 00 min"
+    assert page.duration(59.6) == "1 min 00 s"
+    assert page.duration(3599) == "59 min 59 s"
+    assert page.duration(2 * 3600 + 30) == "2 h 00 min"
 
 
 def test_bars():
-    assert plan.bars([0.0, 1.0, 2.0], width=3) == "▁▅█"
+    assert page.bars([0.0, 1.0, 2.0], width=3) == "▁▅█"
 
 
 def test_command(tmp_path):
@@ -426,7 +428,7 @@ def test_published_hour():
     """Goyal et al. trained 90 epochs with batches of 8,192 in an hour."""
     p100 = HARDWARE["p100"]
     _, achieved = p100.flops["float32"]
-    step = plan.step_seconds(
+    step = estimate.step_seconds(
         p100, achieved, RESNET50_V1_5, RESNET50_BYTES, JobSize(256, 32, 1, 1, 1)
     )
     minutes = 90 * 156 * step["total"] / 60

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from horovod_recipes import train
-from horovod_recipes.configs._check import JobSize
+from horovod_recipes.training import job
+from horovod_recipes.training.job_size import JobSize
 
 JOB = JobSize(
     ranks=2,
@@ -28,7 +28,7 @@ JOB = JobSize(
     ],
 )
 def test_parts_of_job(steps_done, parts):
-    assert train.parts_of_job(JOB, steps_done) == parts
+    assert job.parts_of_job(JOB, steps_done) == parts
 
 
 def test_resumed_dropout_draws_the_masks_it_would_have_drawn():
@@ -39,7 +39,7 @@ def test_resumed_dropout_draws_the_masks_it_would_have_drawn():
             [keras.Input((50,)), keras.layers.Dropout(0.5)]
             + [keras.layers.Dropout(0.5)]
         )
-        train.seed_dropout(model, seed, micro_batches_done)
+        job.seed_dropout(model, seed, micro_batches_done)
         return [
             [layer(tf.ones((1, 50)), training=True) for layer in model.layers]
             for _ in range(count)

@@ -1,0 +1,58 @@
+"""How the global batch is divided, for every recipe and by hand."""
+
+import importlib
+import math
+
+import pytest
+
+from horovod_recipes.configs import demo
+from horovod_recipes.errors import JobError
+from horovod_recipes.training.job_size import job_size
+
+FAMILIES = ("alexnet", "alexnet_bn", "resnet50", "resnet50_mlperf")
+
+
+def family_module(family):
+    return importlib.import_module(f"horovod_recipes.configs.{family}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ranks", [1, 8, 256])
+def test_micro_batches_of_every_recipe(family, ranks):
+    for variant in family_module(family).ROWS:
+        config = family_module(family).get_config(variant)
+        size = job_size(config, ranks)
+        assert size.global_batch_size == config.global_batch_size
+        assert size.micro_batch_size <= config.max_micro_batch_size
+        share = config.global_batch_size // ranks
+        fewest = math.ceil(share / config.max_micro_batch_size)
+        assert size.accumulation_steps == fewest
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "ranks", "micro_batch", "accumulation"),
+    [
+        ("resnet50", "32k", 256, 64, 2),
+        ("resnet50", "32k", 8, 64, 64),
+        ("resnet50_mlperf", "64k", 512, 128, 1),
+        ("alexnet", "8k", 4, 512, 4),
+        ("alexnet_bn", "512", 2, 128, 2),
+    ],
+)
+def test_micro_batches(family, variant, ranks, micro_batch, accumulation):
+    size = job_size(family_module(family).get_config(variant), ranks)
+    assert size.micro_batch_size == micro_batch
+    assert size.accumulation_steps == accumulation
+
+
+def test_share_that_no_power_of_two_divides():
+    """500 images a rank, of which 64 fit: 10 micro-batches of 50."""
+    config = demo.get_config()
+    config.update(global_batch_size=1000, max_micro_batch_size=64)
+    size = job_size(config, ranks=2)
+    assert (size.micro_batch_size, size.accumulation_steps) == (50, 10)
+
+
+def test_more_ranks_than_examples():
+    with pytest.raises(JobError, match=r"1001 ranks .* 1000 examples .* test"):
+        job_size(demo.get_config(), ranks=1001)

@@ -1,0 +1,199 @@
+"""How a job on two ranks stops, and continues where it was."""
+
+import os
+import resource
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+import horovod_recipes.keras as hvd
+from horovod_recipes.models.small_cnn import small_cnn
+from horovod_recipes.training.callbacks import StoppedBySigterm
+from keras_lars import LARS
+from tests.parallel.training.tiny_job import assert_refused
+from tests.parallel.training.tiny_job import assert_same_training
+from tests.parallel.training.tiny_job import checkpoint
+from tests.parallel.training.tiny_job import on_rank_0
+from tests.parallel.training.tiny_job import run_job
+from tests.parallel.training.tiny_job import saved_state
+from tests.parallel.training.tiny_job import table
+from tests.parallel.training.tiny_job import tiny_config
+
+
+class SigtermToRank1(keras.callbacks.Callback):
+    """Sends the signal to rank 1 after an update, as a cluster would."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        is_time = int(self.model.optimizer.iterations) == self._step
+        if hvd.rank() == 1 and is_time:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SmallFiles(keras.callbacks.Callback):
+    """Has the system refuse large files on rank 0, as a full disk would."""
+
+    def __init__(self, epoch, file_bytes):
+        super().__init__()
+        self._epoch = epoch
+        self._file_bytes = file_bytes
+
+    def on_epoch_end(self, epoch, logs=None):
+        if hvd.rank() == 0 and epoch == self._epoch:
+            _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (self._file_bytes, hard_limit)
+            )
+
+
+@pytest.fixture
+def _unlimited_files():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(
+    finished_job, interrupted_copy
+):
+    assert not (interrupted_copy / "summary.json").exists()
+    summary = run_job(
+        interrupted_copy, mode="resume", log_trust_ratios_every_steps=3
+    )
+    assert summary["steps"] == 9
+    assert_same_training(finished_job.workdir, interrupted_copy)
+
+
+def test_sigterm_to_one_rank_saves_and_stops_all(shared_folder):
+    """In the middle of an epoch; the resumed job is as if nothing was."""
+    whole, parts = shared_folder / "whole", shared_folder / "parts"
+    changes = {"max_micro_batch_size": 64}
+    run_job(whole, **changes)
+    with pytest.raises(StoppedBySigterm) as stop:
+        run_job(parts, callbacks=[SigtermToRank1(step=5)], **changes)
+    assert stop.value.steps_done == 5
+    # The job no longer listens to signals.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    names = sorted(path.name for path in (parts / "checkpoints").iterdir())
+    assert names[-1] == "step-00000005.keras"
+    assert run_job(parts, "resume", **changes)["steps"] == 9
+
+    for name in ("epoch", "step", "learning_rate"):
+        assert [r[name] for r in table(whole)] == [
+            r[name] for r in table(parts)
+        ]
+    for name in ("train_loss", "train_top1_percent"):
+        np.testing.assert_allclose(
+            *([float(r[name]) for r in table(w)] for w in (whole, parts)),
+            rtol=1e-6,
+        )
+    # Batch norm's moving statistics were averaged once more. All other state
+    # is the same to the bit.
+    state, other_state = saved_state(whole), saved_state(parts)
+    for path, value in state.items():
+        np.testing.assert_allclose(
+            value,
+            other_state[path],
+            rtol=1e-5 if "moving" in path else 0,
+            err_msg=path,
+        )
+
+
+def test_sigterm_at_the_last_step_of_an_epoch(shared_folder):
+    """The epoch ends as usual, with its evaluation; then the job stops."""
+    workdir = shared_folder / "run"
+    changes = {
+        "global_batch_size": 1000,
+        "max_micro_batch_size": 500,
+        "evaluate_every_epochs": 1,
+    }
+    with pytest.raises(StoppedBySigterm) as stop:
+        run_job(workdir, callbacks=[SigtermToRank1(step=1)], **changes)
+    assert stop.value.steps_done == 1
+    (row,) = table(workdir)
+    assert float(row["test_loss"]) > 0
+    assert run_job(workdir, "resume", **changes)["steps"] == 3
+    assert [row["epoch"] for row in table(workdir)] == ["1", "2", "3"]
+
+
+@pytest.mark.usefixtures("_unlimited_files")
+def test_full_disk_keeps_the_older_checkpoints(shared_folder):
+    workdir = shared_folder / "run"
+    assert_refused(
+        r"on rank 0: cannot write the checkpoint .*/step-00000006.keras: "
+        r"File too large; those before it are good: make room, and continue",
+        workdir,
+        callbacks=[SmallFiles(epoch=1, file_bytes=20_000)],
+    )
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert [name for name in names if name.endswith(".keras")] == [
+        "step-00000003.keras"
+    ]
+    assert not list(workdir.rglob(".part-*"))
+
+
+def test_resuming_a_finished_run_trains_no_more(finished_job, finished_copy):
+    changes = {"log_trust_ratios_every_steps": 3}
+    summary = hvd.broadcast_object(finished_job.summary, root_rank=0)
+    assert run_job(finished_copy, "resume", **changes) == summary
+    # As if it was killed between its last checkpoint and its summary.
+    on_rank_0((finished_copy / "summary.json").unlink)
+    again = run_job(finished_copy, "resume", **changes)
+    assert again["top1"] == summary["top1"]
+    assert_same_training(finished_job.workdir, finished_copy)
+
+
+def test_resume_without_a_run(shared_folder):
+    assert_refused("no run to resume", shared_folder / "run", "resume")
+
+
+def test_resume_with_another_model_or_optimizer(interrupted_workdir):
+    assert_refused(
+        r"model.filters was 2 and is 3",
+        interrupted_workdir,
+        "resume",
+        **{"model.filters": 3},
+    )
+    assert_refused(
+        r"optimizer.momentum was 0.9 and is 0.8",
+        interrupted_workdir,
+        "resume",
+        **{"optimizer.momentum": 0.8},
+    )
+    assert not (interrupted_workdir / "summary.json").exists()
+
+
+def test_resume_with_other_keys_that_change_no_result(interrupted_copy):
+    changes = {"dataset.corrupt_images": "skip", "keep_checkpoints": 1}
+    assert run_job(interrupted_copy, "resume", **changes)["steps"] == 9
+
+
+def test_resume_from_a_checkpoint_that_is_broken(interrupted_copy):
+    on_rank_0(checkpoint(interrupted_copy, step=6).write_bytes, b"")
+    assert_refused(
+        "cannot load .*step-00000006.keras .*delete it",
+        interrupted_copy,
+        "resume",
+    )
+
+
+def test_resume_from_another_optimizer(interrupted_copy):
+    """The config is the same, the code that made the optimizer was another."""
+    path = checkpoint(interrupted_copy, step=6)
+    model = keras.saving.load_model(path)
+    model.compile(LARS(0.1, momentum=0.5), loss=model.loss)
+    on_rank_0(model.save, path)
+    assert_refused("saved from another optimizer", interrupted_copy, "resume")
+
+
+def test_resume_from_another_model(interrupted_copy):
+    config = tiny_config()
+    model = small_cnn((28, 28, 1), 10, filters=2 * config.model.filters)
+    model.compile(LARS(0.1), loss="categorical_crossentropy")
+    on_rank_0(model.save, checkpoint(interrupted_copy, step=6))
+    assert_refused("saved from another model", interrupted_copy, "resume")
