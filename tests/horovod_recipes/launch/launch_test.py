@@ -1,4 +1,4 @@
-"""The launchers: what they start, how they stop it, and whether they parse."""
+"""The launchers: what they start, how they stop it, whether they parse."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 import yaml
 from horovod.runner.common.util import hosts
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[3]
 LAUNCH = ROOT / "horovod_recipes/launch"
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -25,8 +25,8 @@ SLURM = {
     "SLURM_CPUS_PER_TASK": "3",
 }
 
-# In place of the programs that the launchers start. A rank of this training
-# says which arguments it got, and ends well when it is told to stop.
+# These replace the programs that the launchers start. The job writes down its
+# threads, and exits with status 0 after SIGTERM.
 HOROVODRUN = """#!/bin/bash
 echo "$@" >> horovodrun.log
 while [ "$1" != python ]; do shift; done
@@ -52,7 +52,7 @@ fi
 
 @pytest.fixture
 def stage(tmp_path):
-    """A folder to launch from, with the stand-ins and a run in `run`."""
+    """A folder to launch from, with these programs, and a run in `run`."""
     (tmp_path / "horovod_recipes").mkdir()
     (tmp_path / "horovod_recipes/train.py").write_text(TRAIN)
     (tmp_path / "run").mkdir()
@@ -81,7 +81,7 @@ def wait_for(path):
         if path.exists():
             return
         time.sleep(0.1)
-    raise AssertionError(f"{path} is not there after 20 seconds")
+    raise AssertionError(f"{path} did not appear in 20 seconds")
 
 
 def start_slurm(stage, **environment):
@@ -189,7 +189,7 @@ def check_mpijob(job):
 def test_mpijob_is_valid():
     job = read_mpijob()
     check_mpijob(job)
-    # What no schema says: CPUs are divided by the ranks of a worker.
+    # No schema checks that the ranks of a worker share its CPUs.
     worker = container(job, "Worker")
     cores = worker["resources"]["limits"]["cpu"]
     env = {e["name"]: e["value"] for e in container(job, "Launcher")["env"]}
@@ -222,9 +222,9 @@ def test_mpijob_with_a_mistake_is_not(line, mistake, message):
 
 
 def start_launcher(stage):
-    """Runs the launcher's script, with this hostfile in place of /etc/mpi's."""
+    """Runs the launcher's script with this hostfile instead of /etc/mpi's."""
     hostfile = stage / "hostfile"
-    # As mpi-operator writes it.
+    # mpi-operator writes such a file.
     hostfile.write_text(
         "keras-lars-worker-0.keras-lars.default.svc slots=2\n"
         "keras-lars-worker-1.keras-lars.default.svc slots=2\n"
@@ -272,12 +272,12 @@ def test_mpijob_waits_for_the_ranks_that_a_worker_stops(stage):
     assert not (stage / "stopped").exists()
     command = container(read_mpijob(), "Worker")["lifecycle"]["preStop"]
     *shell, script = command["exec"]["command"]
-    # On this machine there may be other ranks.
+    # Other jobs may run on this machine.
     ours = script.replace("train '", f"train --workdir={stage}/run '")
     assert ours != script
     assert start(stage, *shell, ours).wait(60) == 0
     assert (stage / "stopped").read_text() == "by SIGTERM"
-    # It failed, so that Kubernetes starts it again, and it resumes.
+    # Status 1 makes Kubernetes start it again. Then it resumes.
     assert launcher.wait(60) == 1
     assert (stage / "horovodrun.log").read_text().endswith(" --resume\n")
 
