@@ -1,55 +1,42 @@
-"""Twenty real photos of ImageNet, for tests and benchmarks: fetched once.
+"""Twenty real photos of ImageNet for tests and benchmarks, downloaded once.
 
     python -m benchmarks.photos
 
-They are in PyPI's foolbox, 512 x 512 pixels, to decode and not to redistribute.
+The photos are in PyPI's foolbox, 512 x 512 pixels. Decode and time them, but do
+not redistribute them.
 """
 
-import os
-import pathlib
+import argparse
 import subprocess
 import sys
-import tempfile
 import zipfile
 
-import tensorflow_datasets as tfds
+from benchmarks._download import downloaded
 
 WHEEL = "foolbox-3.3.4-py3-none-any.whl"
 REQUIREMENT = (
     "foolbox==3.3.4 --hash=sha256:"
     "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb\n"
 )
+PHOTOS_IN_WHEEL = "foolbox/data/imagenet_"
 
 
-def fetch(folder=None):
-    """Returns the paths of the photos, after a download if there are none.
-
-    Args:
-        folder: String or path. Defaults to `photos` in TFDS's data folder.
+def fetch():
+    """Returns the paths of the photos in TFDS's data folder.
 
     Returns:
-        List of 20 `pathlib.Path`, `imagenet_NUMBER_CLASS.jpg`, with the index
-        of the class, 0 to 999.
+        List of 20 `pathlib.Path`, `imagenet_NUMBER_CLASS.jpg`. The class is an
+        index from 0 to 999.
 
     Raises:
-        subprocess.CalledProcessError: If pip cannot get them, after it has
-            said why.
+        subprocess.CalledProcessError: If pip cannot download the photos. pip
+            has then printed the reason.
     """
-    folder = pathlib.Path(folder or os.path.join(data_dir(), "photos"))
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            _download(pathlib.Path(temporary)).rename(folder)
-    return sorted(folder.glob("imagenet_*.jpg"))
-
-
-def data_dir():
-    return os.path.expanduser(tfds.core.constants.DATA_DIR)
+    return sorted(downloaded("photos", _download).glob("imagenet_*.jpg"))
 
 
 def _download(temporary):
-    """Returns a folder with the photos, in the folder `temporary`."""
-    # pip checks hashes of what a file of requirements has.
+    # pip checks hashes only in files of requirements.
     requirements = temporary / "requirements.txt"
     requirements.write_text(REQUIREMENT)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -60,10 +47,17 @@ def _download(temporary):
     photos.mkdir()
     with zipfile.ZipFile(temporary / WHEEL) as wheel:
         for name in wheel.namelist():
-            if name.startswith("foolbox/data/imagenet_"):
-                (photos / os.path.basename(name)).write_bytes(wheel.read(name))
+            if name.startswith(PHOTOS_IN_WHEEL):
+                photo = photos / name.rpartition("/")[2]
+                photo.write_bytes(wheel.read(name))
     return photos
 
 
 if __name__ == "__main__":
-    print(f"{len(fetch())} photos are in {data_dir()}/photos")
+    argparse.ArgumentParser(
+        prog=f"python -m {__spec__.name}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    paths = fetch()
+    print(f"{len(paths)} photos are in {paths[0].parent}")

@@ -1,54 +1,42 @@
-"""What does a step's communication cost, beside Horovod's bare operation?
+"""What does the communication of a step cost, beside Horovod's operation?
 
     horovodrun --gloo -np 2 python -m benchmarks.speed.allreduce
     horovodrun --mpi -np 2 python -m benchmarks.speed.allreduce
 
-the second where Horovod was built with MPI. On ranks of one thread each it
-times, for gradients of the 214 variables of ResNet-50 that take turns in each
-round: what `DistributedOptimizer` does until it hands the averaged gradients to
-the optimizer; `hvd.grouped_allreduce` of the same, bare; an `hvd.allreduce` for
-each variable; and one of as many numbers in a single tensor, which leaves out
-to put them together. The first two also in float16. Ratios are of one round
-to its bare operation in float32.
+The second command needs a Horovod built with MPI. Each takes 1 minute on 2
+cores. Ranks have one thread each. Each round times all ways to average the
+gradients of ResNet-50's 161 variables:
+
+- what `DistributedOptimizer` does before the optimizer gets the gradients;
+- `hvd.grouped_allreduce` of the gradients;
+- an `hvd.allreduce` of each gradient;
+- one `hvd.allreduce` of a tensor with as many numbers.
+
+The first two also run in float16. Ratios are to `hvd.grouped_allreduce` in
+float32 in the same round.
 """
 
 import keras
 import tensorflow as tf
-from absl import flags
 
 import horovod_recipes.keras as hvd
-from benchmarks.speed import report
-from horovod_recipes.models import MODELS
+from benchmarks import _measure
+from benchmarks import _results
+from benchmarks.speed import _ranks
 
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 31, "How often each is timed.", lower_bound=2, flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    "docs/results/allreduce.json",
-    "JSON to write; results in it of other backends and numbers of ranks stay.",
-    flag_values=FLAGS,
-)
 OURS = "DistributedOptimizer"
 BARE = "hvd.grouped_allreduce"
 
 
-def resnet50_shapes():
-    model = MODELS["resnet50"]((64, 64, 3), 1000)
-    return [tuple(v.shape) for v in model.trainable_variables]
-
-
 class Receiver(keras.optimizers.SGD):
-    """Keeps the gradients that it is given, in place of an update."""
+    """Keeps the gradients that it gets, and updates nothing."""
 
     def apply(self, grads, trainable_variables=None):
         self.received = list(grads)
 
 
 def distributed_optimizer(variables, compression):
-    """Returns a function of the gradients, to their means over the ranks."""
+    """Returns a function from gradients to their means over the ranks."""
     optimizer = hvd.DistributedOptimizer(Receiver(), compression=compression)
     optimizer.build(variables)
 
@@ -101,11 +89,10 @@ def contenders(shapes):
 
 
 def measure(shapes, rounds):
-    """Returns the result, on every rank its own."""
-    times = report.interleaved_times(contenders(shapes), rounds)
-    bare = times[BARE]
+    """Returns what this rank measured."""
+    times = _measure.interleaved_times(contenders(shapes), rounds)
     return {
-        "machine": report.machine(),
+        "machine": _measure.machine(),
         "variables": len(shapes),
         "parameters": sum(tf.TensorShape(s).num_elements() for s in shapes),
         "ranks": hvd.size(),
@@ -113,36 +100,33 @@ def measure(shapes, rounds):
         "results": [
             {
                 "way": name,
-                "ms": report.spread([1e3 * s for s in seconds], 1),
-                "ratio": report.spread(
-                    [a / b for a, b in zip(seconds, bare, strict=True)]
-                ),
+                "ms": _measure.spread([1e3 * s for s in seconds], 1),
+                "ratio": _measure.spread_of_ratios(seconds, times[BARE]),
             }
             for name, seconds in times.items()
         ],
     }
 
 
-def backend():
-    """Returns which library the tensors go through."""
-    return "MPI" if hvd.mpi_enabled() else "Gloo"
-
-
 def markdown(results):
-    """Returns the tables of a file of results, of each library."""
-    lines = []
+    """Returns the tables of a file of results, one per library."""
+    blocks = []
     for key, result in results.items():
         rows = [
-            [line["way"], report.cell(line["ms"]), report.cell(line["ratio"])]
+            [
+                line["way"],
+                _results.cell(line["ms"]),
+                _results.cell(line["ratio"]),
+            ]
             for line in result["results"]
         ]
-        lines += [
+        blocks += [
             f"{key}, {result['variables']} variables, "
             f"{result['parameters']:,} parameters, medians of "
             f"{result['rounds']} rounds with quartiles:",
-            report.table(["", "ms", "x bare"], rows),
+            _results.table(["", "ms", "x bare"], rows),
         ]
-    return "\n\n".join(lines)
+    return "\n\n".join(blocks)
 
 
 def draw(results, path):
@@ -150,23 +134,26 @@ def draw(results, path):
         key: {line["way"]: line["ratio"] for line in result["results"]}
         for key, result in results.items()
     }
-    report.draw_bars(panels, f"time over that of {BARE}", path)
+    _results.draw_bars(panels, f"time relative to {BARE}", path)
 
 
 def main():
-    report.parse_command_line(FLAGS)
-    tf.get_logger().setLevel("ERROR")
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    hvd.init()
-    # As in a job, whose collectives it takes note of.
-    with hvd.callbacks.Watchdog(3600):
-        result = measure(resnet50_shapes(), _ROUNDS.value)
-    if hvd.rank() > 0:
-        return
-    key = f"{backend()}, {hvd.size()} ranks"
-    print(markdown({key: result}))
-    report.add_json(_OUTPUT.value, key, result)
+    parser = _results.parser(
+        __spec__,
+        __doc__,
+        "docs/results/allreduce.json",
+        "JSON file to write; it keeps results of other libraries and numbers "
+        "of ranks (default: %(default)s)",
+    )
+    _results.add_rounds(parser, 31)
+    options = parser.parse_args()
+    with _ranks.start():
+        network = _ranks.resnet50_v1(image_size=64)
+        shapes = [tuple(v.shape) for v in network.trainable_variables]
+        result = measure(shapes, options.rounds)
+    if hvd.rank() == 0:
+        print(markdown({_ranks.key(): result}))
+        _results.add_json(options.output, _ranks.key(), result)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,42 @@
 """How long does an allreduce take, and do latency and bandwidth explain it?
 
-    horovodrun -np 2 python -m benchmarks.speed.allreduce_model
+    horovodrun --gloo -np 2 python -m benchmarks.speed.allreduce_model
 
-times `hvd.allreduce` of float32 tensors of 4 KB to 128 MB on ranks of one
-thread each, and fits the latency and the bandwidth of `hardware.ring_seconds`
-to the medians by least squares on the relative error. Where each rank has a
-core of its own it also measures, in a third of the rounds, what one core can do
-while the others do the same: products of matrices, training of ResNet-50,
-reading and writing memory. These are the numbers of the entry `cpu` in
-`horovod_recipes.planning.hardware`.
+times `hvd.allreduce` of float32 tensors from 4 KB to 128 MB on ranks with one
+thread each. It fits the latency and the bandwidth of `hardware.ring_seconds` to
+the medians, by least squares of the relative error. It takes 3 minutes on 2
+cores.
 
-With more ranks than cores (`-np 4` on two) the ranks wait for a core, and the
-fit says so: its numbers are in no entry.
+If each rank has its own core, a third of the rounds also measures what one core
+does while the others do the same: matrix products, training of ResNet-50,
+reading and writing memory. The entry `cpu` of
+`horovod_recipes.planning.hardware` has these numbers.
+
+More ranks than cores (`-np 4` on two) wait for a core, which the fit shows. Its
+numbers are in no entry.
 """
 
-import json
-import pathlib
 import statistics
 
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
 import horovod_recipes.keras as hvd
-from benchmarks.speed import report
+from benchmarks import _measure
+from benchmarks import _results
+from benchmarks.speed import _ranks
 from horovod_recipes.models import MODELS
 from horovod_recipes.planning import hardware
 
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 15, "How often each is timed.", lower_bound=2, flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    "docs/results/allreduce_model.json",
-    "JSON to write; results of other numbers of ranks in it stay.",
-    flag_values=FLAGS,
-)
+# Bytes of each message.
 SIZES = [2**power for power in range(12, 28)]
-# As micro-batches go on a core; the images are 224 pixels wide and high.
+# Images of 224 x 224 pixels in each step on one core.
 RESNET50_BATCH = 8
+# Rows and columns of the matrices of a product.
+MATRIX_SIZE = 2048
+# Float32 numbers of the array that is read and written.
+ARRAY_LENGTH = 25_600_000
 
 
 def allreduce_function(message_bytes):
@@ -54,27 +49,27 @@ def fit_ring(sizes, seconds, ranks):
     """Returns the latency and the bandwidth that explain the times best.
 
     Args:
-        sizes: List of integers, the messages' bytes.
-        seconds: List of floats, what each took.
-        ranks: Integer above 1, the ring's.
+        sizes: List of integers, bytes of each message.
+        seconds: List of floats, time of each message.
+        ranks: Integer above 1, ranks of the ring.
 
     Returns:
-        Floats, seconds a message and bytes a second, with the least sum of
-        squares of relative errors of `hardware.ring_seconds`.
+        Two floats: seconds per message and bytes per second. They minimise the
+        sum of squares of relative errors of `hardware.ring_seconds`.
     """
     sizes, seconds = np.array(sizes, float), np.array(seconds)
     steps = 2 * (ranks - 1)
-    # A time is linear in the latency and in the inverse of the bandwidth;
-    # divided by what was measured, it should be 1.
+    # A time is linear in the latency and in the inverse of the bandwidth.
+    # Divided by the measured time it should be 1.
     columns = [steps / seconds, steps / ranks * sizes / seconds]
     fit, *_ = np.linalg.lstsq(np.stack(columns, 1), np.ones(len(sizes)))
     return float(fit[0]), float(1 / fit[1])
 
 
 def measure_allreduce(rounds):
-    """Returns the fit, and each size's time beside the fitted one."""
+    """Returns the fit, and each size's measured and fitted time."""
     functions = {size: allreduce_function(size) for size in SIZES}
-    times = report.interleaved_times(functions, rounds)
+    times = _measure.interleaved_times(functions, rounds)
     medians = [statistics.median(times[size]) for size in SIZES]
     latency, bandwidth = fit_ring(SIZES, medians, hvd.size())
     results = []
@@ -83,7 +78,7 @@ def measure_allreduce(rounds):
         results.append(
             {
                 "bytes": size,
-                "ms": report.spread([1e3 * s for s in times[size]]),
+                "ms": _measure.spread([1e3 * s for s in times[size]]),
                 "fitted_ms": round(1e3 * fitted, 3),
                 "error_percent": round(100 * (fitted / median - 1), 1),
             }
@@ -96,12 +91,13 @@ def measure_allreduce(rounds):
 
 
 def measure_core(rounds):
-    """Returns what one core does in a second, as medians with quartiles."""
-    matrix = tf.random.normal([2048, 2048])
-    array = np.ones(25_600_000, "float32")
+    """Returns what one core does per second, as medians with quartiles."""
+    matrix = tf.random.normal([MATRIX_SIZE, MATRIX_SIZE])
+    array = np.ones(ARRAY_LENGTH, "float32")
+    # The work of a call, and the call.
     functions = {
         "matmul_gflops": (
-            2 * 2048**3 / 1e9,
+            2 * MATRIX_SIZE**3 / 1e9,
             lambda: tf.matmul(matrix, matrix).numpy(),
         ),
         # Read once and written once.
@@ -111,11 +107,11 @@ def measure_core(rounds):
         ),
         "resnet50_images_per_second": (RESNET50_BATCH, resnet50_function()),
     }
-    times = report.interleaved_times(
+    times = _measure.interleaved_times(
         {name: function for name, (_, function) in functions.items()}, rounds
     )
     return {
-        name: report.spread([work / s for s in times[name]])
+        name: _measure.spread([work / s for s in times[name]])
         for name, (work, _) in functions.items()
     }
 
@@ -134,43 +130,52 @@ def resnet50_function():
     return lambda: model.train_on_batch(images.astype("uint8"), labels)
 
 
-def print_result(ranks, result):
-    print(
-        f"{ranks} ranks on {result['machine']['cores']} cores: latency "
-        f"{result['latency_us']} us, bandwidth "
-        f"{result['bandwidth_gb_per_second']} GB/s"
-    )
-    lines = [
-        (
-            f"{line['bytes']:,}",
-            "{:.3g} ({:.3g} to {:.3g})".format(*line["ms"]),
-            f"{line['fitted_ms']:.3g}",
-            f"{line['error_percent']:+.0f}",
-        )
-        for line in result["results"]
-    ]
-    print(report.table(["bytes", "ms", "fitted, ms", "error, %"], lines))
-    for name, (median, low, high) in result["core"].items():
-        print(f"one core, {name}: {median} ({low} to {high})")
+def markdown(results):
+    """Returns the fit, the table and the core of each number of ranks."""
+    blocks = []
+    for key, result in results.items():
+        rows = [
+            [
+                f"{line['bytes']:,}",
+                _results.cell(line["ms"], ".3g"),
+                f"{line['fitted_ms']:.3g}",
+                f"{line['error_percent']:+.0f}",
+            ]
+            for line in result["results"]
+        ]
+        blocks += [
+            f"{key} on {result['machine']['cores']} cores: latency "
+            f"{result['latency_us']} us, bandwidth "
+            f"{result['bandwidth_gb_per_second']} GB/s",
+            _results.table(["bytes", "ms", "fitted, ms", "error, %"], rows),
+            *(
+                f"one core, {name}: {_results.cell(values)}"
+                for name, values in result["core"].items()
+            ),
+        ]
+    return "\n\n".join(blocks)
 
 
 def main():
-    report.parse_command_line(FLAGS)
-    tf.get_logger().setLevel("ERROR")
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    hvd.init()
-    machine = report.machine()
-    result = {"machine": machine, **measure_allreduce(_ROUNDS.value)}
-    own_core = hvd.size() <= machine["cores"]
-    core_rounds = max(2, _ROUNDS.value // 3)
-    result["core"] = measure_core(core_rounds) if own_core else {}
-    if hvd.rank() > 0:
-        return
-    print_result(hvd.size(), result)
-    output = pathlib.Path(_OUTPUT.value)
-    results = json.loads(output.read_text()) if output.exists() else {}
-    report.write_json(output, results | {f"{hvd.size()} ranks": result})
+    parser = _results.parser(
+        __spec__,
+        __doc__,
+        "docs/results/allreduce_model.json",
+        "JSON file to write; it keeps results of other numbers of ranks "
+        "(default: %(default)s)",
+    )
+    _results.add_rounds(parser, 15)
+    options = parser.parse_args()
+    machine = _measure.machine()
+    with _ranks.start():
+        result = {"machine": machine, **measure_allreduce(options.rounds)}
+        own_core = hvd.size() <= machine["cores"]
+        core_rounds = max(2, options.rounds // 3)
+        result["core"] = measure_core(core_rounds) if own_core else {}
+    if hvd.rank() == 0:
+        key = f"{hvd.size()} ranks"
+        print(markdown({key: result}))
+        _results.add_json(options.output, key, result)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
     python -m benchmarks.speed.input_pipeline
 
-on one core, with 20 photos of ImageNet of 512 x 512 pixels, in TFRecords that
-TFDS's imagenet2012 wrote. Time is the processor's, which other processes
-disturb less than the clock. It also measures this process's memory over an
-epoch.
+measures one core on 20 photos of ImageNet with 512 x 512 pixels. TFDS's
+imagenet2012 has written them as TFRecords. The time is the processor's, which
+other processes disturb less than the clock. The memory of this process is
+measured over an epoch. It takes 6 minutes, and downloads the photos.
 
-Beside the decoder's time, an image's is that of resizing it, about a tenth of
-the decoder's, and of TensorFlow's operations around it. So what can be is done
-once for a group of images (`input_pipeline.GROUP_SIZE`). What was tried, by
-scripts that are not kept. Faster: tf.reverse for flips in place of a slice with
-a step of -1, resizing from float32 and not from uint8, by more than the cast
-takes, seeds made for a group, and no test of each image for being a JPEG.
-Slower: crop_and_resize, with or without its flip, ImageProjectiveTransformV3,
-QuantizedResizeBilinear. No gain: the decoder's INTEGER_FAST and
-fancy_upscaling=False.
+An image takes the decoder's time, a tenth of that to resize, and the time of
+TensorFlow's operations. So the pipeline handles groups of images at once if it
+can (`pipeline.IMAGES_PER_GROUP`). Scripts that are not kept tried these:
+
+- Faster: `tf.reverse` to flip, instead of a slice with a step of -1; resizing
+  from float32 instead of uint8, even with the cast; seeds for a whole group; no
+  test whether each image is a JPEG.
+- Slower: `crop_and_resize`, `ImageProjectiveTransformV3` and
+  `QuantizedResizeBilinear`.
+- No gain: the decoder's `INTEGER_FAST` and `fancy_upscaling=False`.
 """
 
 import os
@@ -26,37 +27,24 @@ import time
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from absl import flags
 
+from benchmarks import _measure
+from benchmarks import _results
 from benchmarks import photos
-from benchmarks.speed import report
 from horovod_recipes.configs import resnet50
 from horovod_recipes.data import pipeline
 from horovod_recipes.data.augmentations import CROP_FRACTION
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.training import rehearsal
 
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 21, "Rounds.", lower_bound=2, flag_values=FLAGS
-)
-# Whole batches, and whole groups of input_pipeline.GROUP_SIZE.
-_IMAGES = flags.DEFINE_integer(
-    "images", 640, "Images in a round.", flag_values=FLAGS
-)
-_MEMORY_IMAGES = flags.DEFINE_integer(
-    "memory_images", 8000, "Images of the epoch for memory.", flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    "docs/results/input_pipeline.json",
-    "JSON to write.",
-    flag_values=FLAGS,
-)
+# Height, width and channels of the images that the pipelines make.
 SHAPE = (224, 224, 3)
+# Copies of each photo in the data set.
 COPIES = 100
+# Images per batch.
+BATCH_SIZE = 10
 FUSED = "fused decode and crop alone"
+MIB = 2**20
 
 
 def write_photos(data_dir):
@@ -75,7 +63,7 @@ def write_photos(data_dir):
 
 
 def decoders(jpegs):
-    """Returns the limits: datasets of images that the decoder makes."""
+    """Returns the limits: datasets of images from the decoder alone."""
     encoded = tf.data.Dataset.from_tensor_slices(jpegs).repeat()
 
     def fused(index, jpeg):
@@ -96,9 +84,9 @@ def decoders(jpegs):
 
 
 def tfds_pipeline(data_dir):
-    """Returns what a user of TFDS writes: decode, resize, batch."""
+    """Returns what a user of TFDS writes: decode and resize."""
     builder = tfds.builder("imagenet2012", data_dir=data_dir)
-    # Small sets it would keep in memory, decoded.
+    # TFDS would keep a small set in memory, decoded.
     read_config = tfds.ReadConfig(try_autocache=False)
     dataset = builder.as_dataset(
         split="train", as_supervised=True, read_config=read_config
@@ -108,7 +96,7 @@ def tfds_pipeline(data_dir):
     )
 
 
-def our_pipeline(source, augmentation, batch_size):
+def our_pipeline(source, augmentation):
     config = resnet50.get_config().dataset
     config.update(augmentation=augmentation, shuffle_buffer=64)
     return pipeline.training_batches(
@@ -117,11 +105,11 @@ def our_pipeline(source, augmentation, batch_size):
         pipeline.RankInput(
             rank=0,
             ranks=1,
-            batch_size=batch_size,
+            batch_size=BATCH_SIZE,
             threads=1,
             corrupt_images=pipeline.CorruptImages("stop"),
         ),
-        batches_per_epoch=source.num_examples("train") // batch_size,
+        batches_per_epoch=source.num_examples("train") // BATCH_SIZE,
     )
 
 
@@ -132,19 +120,18 @@ def one_thread(dataset):
     return dataset.with_options(options)
 
 
-def images_per_second(datasets, images, batch_size, rounds):
-    """Returns `{name: [images a second of processor time, a round each]}`."""
+def images_per_second(datasets, images, rounds):
+    """Returns `{name: [images per second of the processor, each round]}`."""
     speeds = {name: [] for name in datasets}
     for _ in range(rounds):
         for name, dataset in datasets.items():
-            # A new one each time: what is fetched ahead would else be made in
-            # the time of the others.
+            # A kept iterator would fetch ahead in the time of the others.
             iterator = iter(dataset)
-            # What is made ahead is as much at the end as at the beginning.
-            for _ in range(images // 5 // batch_size):
+            # Fill the buffers, which are as full at the end.
+            for _ in range(images // 5 // BATCH_SIZE):
                 next(iterator)
             begin = time.process_time()
-            for _ in range(images // batch_size):
+            for _ in range(images // BATCH_SIZE):
                 next(iterator)
             seconds = time.process_time() - begin
             del iterator
@@ -152,13 +139,12 @@ def images_per_second(datasets, images, batch_size, rounds):
     return speeds
 
 
-def memory_over_an_epoch(dataset, images, batch_size):
-    """Returns the mean resident MB of each quarter, after the first tenth."""
-    pages = pathlib.Path("/proc/self/statm")
-    samples = []
-    for _ in dataset.take(images // batch_size):
-        resident = int(pages.read_text().split()[1])
-        samples.append(resident * os.sysconf("SC_PAGE_SIZE") / 2**20)
+def memory_over_an_epoch(dataset, images):
+    """Returns the mean resident MiB of each quarter, after the first tenth."""
+    samples = [
+        _measure.memory_bytes("VmRSS") / MIB
+        for _ in dataset.take(images // BATCH_SIZE)
+    ]
     samples = samples[len(samples) // 10 :]
     quarter = len(samples) // 4
     return [
@@ -168,47 +154,41 @@ def memory_over_an_epoch(dataset, images, batch_size):
 
 
 def measure(rounds, images, memory_images):
-    """Returns the benchmark's result; all runs on one core."""
+    """Returns the benchmark's result; everything runs on one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
-    batch_size = 10
     with tempfile.TemporaryDirectory() as data_dir:
         jpegs = write_photos(data_dir)
         source = load_source("imagenet2012", data_dir)
-        # Batches of the limits have no cost: a batch would copy the images.
+        # One image stands for a batch, because a batch would copy images.
         datasets = {
-            name: one_thread(dataset.shard(batch_size, 0))
+            name: one_thread(dataset.shard(BATCH_SIZE, 0))
             for name, dataset in decoders(jpegs).items()
         }
         datasets["TFDS, decode, resize"] = one_thread(
-            tfds_pipeline(data_dir).batch(batch_size)
+            tfds_pipeline(data_dir).batch(BATCH_SIZE)
         )
         for augmentation in ("none", "minimal", "inception"):
             datasets[f"ours, {augmentation}"] = our_pipeline(
-                source, augmentation, batch_size
+                source, augmentation
             )
-        speeds = images_per_second(datasets, images, batch_size, rounds)
+        speeds = images_per_second(datasets, images, rounds)
         memory = memory_over_an_epoch(
-            our_pipeline(source, "minimal", batch_size),
-            memory_images,
-            batch_size,
+            our_pipeline(source, "minimal"), memory_images
         )
     os.sched_setaffinity(0, cores)
-    ratios = {
-        name: [a / b for a, b in zip(values, speeds[FUSED], strict=True)]
-        for name, values in speeds.items()
-    }
     return {
-        "machine": report.machine(),
+        "machine": _measure.machine(),
         "photos": len(jpegs),
         "rounds": rounds,
         "images_per_second_of_one_core": {
-            name: report.spread(values, 1) for name, values in speeds.items()
+            name: _measure.spread(values, 1) for name, values in speeds.items()
         },
         "ratio_to_fused_decode_and_crop": {
-            name: report.spread(values) for name, values in ratios.items()
+            name: _measure.spread_of_ratios(values, speeds[FUSED])
+            for name, values in speeds.items()
         },
-        "memory_mb_of_each_quarter_of_an_epoch": memory,
+        "memory_mib_of_each_quarter_of_an_epoch": memory,
         "memory_images": memory_images,
     }
 
@@ -217,32 +197,41 @@ def markdown(result):
     """Returns the table of a result, and its memory."""
     ratios = result["ratio_to_fused_decode_and_crop"]
     rows = [
-        [name, report.cell(speed), report.cell(ratios[name])]
+        [name, _results.cell(speed), _results.cell(ratios[name])]
         for name, speed in result["images_per_second_of_one_core"].items()
     ]
     header = ["", "images/s of a core", "x fused decode and crop"]
-    quarters = result["memory_mb_of_each_quarter_of_an_epoch"]
+    quarters = result["memory_mib_of_each_quarter_of_an_epoch"]
     return (
         f"One core, {result['photos']} photos, medians of {result['rounds']} "
-        f"rounds with quartiles:\n\n{report.table(header, rows)}\n\n"
+        f"rounds with quartiles:\n\n{_results.table(header, rows)}\n\n"
         f"Memory in each quarter of an epoch of {result['memory_images']} "
-        f"images, MB: {', '.join(map(str, quarters))}."
+        f"images, MiB: {', '.join(map(str, quarters))}."
     )
 
 
 def draw(result, path):
-    report.draw_bars(
+    _results.draw_bars(
         {"one core": result["ratio_to_fused_decode_and_crop"]},
-        f"images/s over those of {FUSED}",
+        f"images/s relative to {FUSED}",
         path,
     )
 
 
 def main():
-    report.parse_command_line(FLAGS)
-    result = measure(_ROUNDS.value, _IMAGES.value, _MEMORY_IMAGES.value)
+    parser = _results.parser(
+        __spec__, __doc__, "docs/results/input_pipeline.json"
+    )
+    _results.add_rounds(parser, 21)
+    # Whole batches, and whole groups of the pipeline.
+    _results.add_integer(parser, "images", 640, "images per round")
+    _results.add_integer(
+        parser, "memory_images", 8000, "images of the epoch for memory"
+    )
+    options = parser.parse_args()
+    result = measure(options.rounds, options.images, options.memory_images)
     print(markdown(result))
-    report.write_json(_OUTPUT.value, result)
+    _results.write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -1,70 +1,44 @@
-"""What one update of all variables of a model costs, by optimizer.
+"""What does one update of all variables of a model cost, by optimizer?
 
     pip install '.[bench]'
     python -m benchmarks.speed.optimizer_step
 
-times, with TensorFlow, LARS, Keras's SGD with momentum and Lamb, with XLA and
-without, and the peers that are installed: optax, PyTorch, timm. On a GPU, where
-TensorFlow is not needed:
+times LARS, Keras's SGD with momentum and Keras's Lamb on TensorFlow, with and
+without XLA, and the peers that are installed: optax, PyTorch, timm. It takes 10
+minutes on 2 cores. On a GPU it needs JAX and no TensorFlow:
 
     KERAS_BACKEND=jax python -m benchmarks.speed.optimizer_step
 
-All take turns in each round; the table has medians, with the quartiles, of the
-time and of its ratio to Keras's SGD with XLA in the same round, the seconds of
-the first call, which traces and compiles, and the peak memory: the arrays that
-the optimizer needs, and what its step takes beside them, in a process of its
-own. The floor is the memory's speed: SGD with momentum must read gradients,
-weights and velocities and write two of them, 5 passes over the parameters; LARS
-must read two of them once more before, 7 passes. A pass is half of what it
-takes to change the sign of all parameters where they are, on all cores. For
-many tiny variables the floor says little: their cost is in the calls.
-What was tried to come near it is in docs/optimizer_step.md.
+All optimizers run in each round. The table has medians with quartiles of the
+time, and of its ratio to Keras's SGD with XLA in the same round. The first call
+traces and compiles. Peak memory is measured in a new process: the arrays that
+the optimizer needs, and the temporary memory of its step.
+
+The floor is the speed of the memory. SGD with momentum reads gradients, weights
+and velocities and writes two of them: 5 passes over the parameters. LARS first
+reads two of them once more: 7 passes. A pass is half the time that it takes to
+negate all parameters in place, on all cores. For many tiny variables the floor
+says little, because calls dominate. docs/optimizer_step.md says what was tried.
 """
 
 import concurrent.futures
+import functools
 import importlib.util
 import json
 import math
 import os
-import pathlib
-import re
 import subprocess
 import sys
 import time
 
 import keras
 import numpy as np
-from absl import flags
 
-from benchmarks.speed import report
+from benchmarks import _measure
+from benchmarks import _results
 from benchmarks.speed.peers import timm_lars
+from horovod_recipes.models import MODELS as NETWORKS
 from keras_lars import LARS
-
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_MODELS = flags.DEFINE_multi_enum(
-    "model",
-    ["resnet50", "alexnet", "tiny"],
-    ["resnet50", "alexnet", "tiny"],
-    "Whose variables to update; may be given several times.",
-    flag_values=FLAGS,
-)
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 15, "How often each is timed.", lower_bound=2, flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    None,
-    "JSON to write; models that it holds and that are not run stay. Defaults "
-    "to docs/results/optimizer_step_cpu.json, or _gpu.json.",
-    flag_values=FLAGS,
-)
-_PEAK_MEMORY_OF = flags.DEFINE_string(
-    "peak_memory_of",
-    None,
-    "Only print the peak memory of this optimizer, in MB.",
-    flag_values=FLAGS,
-)
 
 BACKEND = keras.backend.backend()
 BASELINE = (
@@ -72,28 +46,24 @@ BASELINE = (
     if BACKEND == "tensorflow"
     else "Keras SGD momentum"
 )
+# Height and width of the images of each network, in pixels.
+IMAGE_SIZES = {"resnet50": 224, "alexnet": 227}
+MODELS = (*IMAGE_SIZES, "tiny")
+TINY_SHAPES = [(16, 16), (16,)] * 500
+# Passes over the parameters that an update needs at least.
 PASSES = {"SGD momentum": 5, "LARS": 7}
+# Calls in a row on a GPU, which computes while the host continues.
+GPU_CALLS = 10
 
 
 def shapes_of(model):
-    if model == "resnet50":
-        # Not in the GPU's memory, whose peak is measured.
-        with keras.device("cpu"):
-            network = keras.applications.ResNet50(weights=None)
-        return [tuple(v.shape) for v in network.trainable_variables]
-    if model == "alexnet":
-        kernels = [
-            (11, 11, 3, 96),
-            (5, 5, 48, 256),
-            (3, 3, 256, 384),
-            (3, 3, 192, 384),
-            (3, 3, 192, 256),
-            (9216, 4096),
-            (4096, 4096),
-            (4096, 1000),
-        ]
-        return [s for kernel in kernels for s in (kernel, kernel[-1:])]
-    return [(16, 16), (16,)] * 500
+    if model == "tiny":
+        return TINY_SHAPES
+    size = IMAGE_SIZES[model]
+    # Outside the GPU's memory, because its peak is measured.
+    with keras.device("cpu"):
+        network = NETWORKS[model]((size, size, 3), num_classes=1000)
+    return [tuple(v.shape) for v in network.trainable_variables]
 
 
 def contenders():
@@ -108,45 +78,52 @@ def contenders():
     def lamb():
         return keras.optimizers.Lamb(0.001)
 
+    step = functools.partial
     if BACKEND == "tensorflow":
         found = {
-            "LARS, XLA": lambda *a: tensorflow_step(lars(), False, *a),
-            "LARS": lambda *a: tensorflow_step(lars(False), False, *a),
-            BASELINE: lambda *a: tensorflow_step(sgd(), True, *a),
-            "Keras SGD momentum": lambda *a: tensorflow_step(sgd(), False, *a),
-            "Keras Lamb, XLA": lambda *a: tensorflow_step(lamb(), True, *a),
-            "Keras Lamb": lambda *a: tensorflow_step(lamb(), False, *a),
+            "LARS, XLA": step(tensorflow_step, lars(), False),
+            "LARS": step(tensorflow_step, lars(False), False),
+            BASELINE: step(tensorflow_step, sgd(), True),
+            "Keras SGD momentum": step(tensorflow_step, sgd(), False),
+            "Keras Lamb, XLA": step(tensorflow_step, lamb(), True),
+            "Keras Lamb": step(tensorflow_step, lamb(), False),
         }
     else:
         found = {
-            "LARS": lambda *a: keras_jax_step(lars(), *a),
-            BASELINE: lambda *a: keras_jax_step(sgd(), *a),
-            "Keras Lamb": lambda *a: keras_jax_step(lamb(), *a),
+            "LARS": step(keras_jax_step, lars()),
+            BASELINE: step(keras_jax_step, sgd()),
+            "Keras Lamb": step(keras_jax_step, lamb()),
         }
     if importlib.util.find_spec("optax"):
         import optax
 
-        found["optax.sgd"] = lambda *a: optax_step(
-            optax.sgd(0.1, momentum=0.9), *a
-        )
-        found["optax.lars"] = lambda *a: optax_step(
-            optax.lars(1.0, weight_decay=1e-4), *a
+        found["optax.sgd"] = step(optax_step, optax.sgd(0.1, momentum=0.9))
+        found["optax.lars"] = step(
+            optax_step, optax.lars(1.0, weight_decay=1e-4)
         )
     if BACKEND == "tensorflow" and importlib.util.find_spec("torch"):
-        import torch
+        found |= torch_contenders()
+    return found
 
-        found["torch SGD, fused"] = lambda *a: torch_step(
-            torch.optim.SGD, dict(lr=0.1, momentum=0.9, fused=True), *a
+
+def torch_contenders():
+    import torch
+
+    found = {
+        "torch SGD, fused": functools.partial(
+            torch_step, torch.optim.SGD, dict(lr=0.1, momentum=0.9, fused=True)
         )
-        peer = timm_lars()
-        if peer is not None:
-            arguments = dict(lr=1.0, momentum=0.9, weight_decay=1e-4)
-            found["timm Lars"] = lambda *a: torch_step(
-                peer, arguments | dict(foreach=False), *a
+    }
+    lars = timm_lars()
+    if lars is not None:
+        for name, foreach in {
+            "timm Lars": False,
+            "timm Lars, foreach": True,
+        }.items():
+            arguments = dict(
+                lr=1.0, momentum=0.9, weight_decay=1e-4, foreach=foreach
             )
-            found["timm Lars, foreach"] = lambda *a: torch_step(
-                peer, arguments | dict(foreach=True), *a
-            )
+            found[name] = functools.partial(torch_step, lars, arguments)
     return found
 
 
@@ -257,34 +234,33 @@ def on_gpu():
 
 
 def measure(model, rounds):
+    """Returns what each optimizer takes for a model, the fastest first."""
     shapes = shapes_of(model)
     arrays = weights_and_gradients(shapes)
-    # A GPU works while the host goes on: many calls keep it busy.
-    calls = 10 if on_gpu() else 1
-    functions, first_calls = {}, {}
+    functions, first_call_s = {}, {}
     for name, make_step in contenders().items():
-        functions[name] = called(make_step(*arrays), calls)
-        start = time.perf_counter()
-        functions[name]()
-        first_calls[name] = time.perf_counter() - start
-    functions["two passes"] = called(two_passes(arrays[0]), calls)
-    seconds = report.interleaved_times(functions, rounds)
+        functions[name] = make_step(*arrays)
+        begin = time.perf_counter()
+        wait_for(functions[name]())
+        first_call_s[name] = round(time.perf_counter() - begin, 1)
+    functions["two passes"] = two_passes(arrays[0])
+    seconds = time_calls(functions, rounds)
     del functions
-    times = {name: 1e3 * np.array(s) / calls for name, s in seconds.items()}
-    pass_ms = float(np.median(times.pop("two passes"))) / 2
+    pass_ms = 1e3 * float(np.median(seconds.pop("two passes"))) / 2
     results = [
         {
             "optimizer": name,
-            "ms": report.spread(ms.tolist()),
-            "ratio": report.spread((ms / times[BASELINE]).tolist()),
-            "first_call_s": round(first_calls[name], 1),
+            "ms": _measure.spread(1e3 * own),
+            "ratio": _measure.spread_of_ratios(own, seconds[BASELINE]),
+            "first_call_s": first_call_s[name],
+            # Of tiny variables it is mostly the interpreter's.
             "peak_mb": (
                 None
                 if model == "tiny"
                 else peak_memory_in_new_process(model, name)
             ),
         }
-        for name, ms in times.items()
+        for name, own in seconds.items()
     ]
     return {
         "machine": machine(),
@@ -297,23 +273,35 @@ def measure(model, rounds):
     }
 
 
+def time_calls(steps, rounds):
+    """Returns `{name: array with the seconds of a call in each round}`."""
+    calls = GPU_CALLS if on_gpu() else 1
+    functions = {name: called(step, calls) for name, step in steps.items()}
+    times = _measure.interleaved_times(functions, rounds)
+    return {name: np.array(s) / calls for name, s in times.items()}
+
+
 def called(step, calls):
     """Returns a function that makes `calls` steps and waits for the last."""
 
     def function():
         for _ in range(calls):
             result = step()
-        # Arrays of JAX, of whichever Keras backend; others return None.
-        if result is not None:
-            import jax
-
-            jax.block_until_ready(result)
+        wait_for(result)
 
     return function
 
 
+def wait_for(result):
+    # JAX returns arrays before they are computed; other steps return None.
+    if result is not None:
+        import jax
+
+        jax.block_until_ready(result)
+
+
 def machine():
-    result = report.machine()
+    result = _measure.machine()
     if on_gpu():
         import jax
 
@@ -322,9 +310,10 @@ def machine():
 
 
 def peak_memory_in_new_process(model, name):
+    """Returns the MB of `peak_memory`, measured in a process of its own."""
     command = [sys.executable, "-m", __spec__.name, f"--model={model}"]
-    # With a fixed threshold the C library gives what is freed back at once.
     environment = os.environ | {
+        # A fixed threshold makes the C library return freed memory at once.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
@@ -352,45 +341,40 @@ def peak_memory(model, name):
         return round(peak / 1e6)
     # Weights, gradients and velocities; Lamb has two moments.
     arrays = 4 if "Lamb" in name else 3
-    before = memory("VmRSS")
-    # From here the peak counts anew, without that of the compiler.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    # Leave out the memory of the compiler.
+    before = _measure.memory_bytes("VmRSS")
+    _measure.reset_peak_memory()
     for _ in range(3):
         step()
-    temporaries = memory("VmHWM") - before
-    return round(arrays * sum(w.nbytes for w in weights) / 1e6 + temporaries)
-
-
-def memory(field):
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+)", status).group(1)) * 1024 / 1e6
+    temporaries = _measure.memory_bytes("VmHWM") - before
+    return round((arrays * sum(w.nbytes for w in weights) + temporaries) / 1e6)
 
 
 def markdown(models):
-    """Returns the table of each model of a file of results."""
-    lines = []
+    """Returns one table per model of a file of results."""
+    blocks = []
     for model, result in models.items():
+        floors = ", ".join(
+            f"{name} {ms}" for name, ms in result["floor_ms"].items()
+        )
         rows = [
             [
                 line["optimizer"],
-                "{:.3g} ({:.3g} to {:.3g})".format(*line["ms"]),
-                "{:.2f} ({:.2f} to {:.2f})".format(*line["ratio"]),
+                _results.cell(line["ms"], ".3g"),
+                _results.cell(line["ratio"], ".2f"),
                 line["first_call_s"],
                 line["peak_mb"],
             ]
             for line in result["results"]
         ]
-        floors = ", ".join(
-            f"{name} {ms}" for name, ms in result["floor_ms"].items()
-        )
         header = ["optimizer", "ms", f"x {BASELINE}", "first call, s", "MB"]
-        lines += [
+        blocks += [
             f"{model}: {result['variables']} variables, "
-            f"{result['parameters']:,} parameters; the memory's floor, ms: "
+            f"{result['parameters']:,} parameters. The memory's floor in ms: "
             f"{floors}.",
-            report.table(header, rows),
+            _results.table(header, rows),
         ]
-    return "\n\n".join(lines)
+    return "\n\n".join(blocks)
 
 
 def draw(models, path):
@@ -398,39 +382,60 @@ def draw(models, path):
         model: {line["optimizer"]: line["ratio"] for line in result["results"]}
         for model, result in models.items()
     }
-    report.draw_bars(panels, f"time over that of {BASELINE}", path)
+    _results.draw_bars(panels, f"time relative to {BASELINE}", path)
 
 
 def main():
-    report.parse_command_line(FLAGS)
-    check_backend()
-    if _PEAK_MEMORY_OF.value:
-        (model,) = _MODELS.value
-        print(json.dumps(peak_memory(model, _PEAK_MEMORY_OF.value)))
+    parser = _results.parser(
+        __spec__,
+        __doc__,
+        None,
+        "JSON file to write; it keeps models that are not run "
+        "(default: docs/results/optimizer_step_cpu.json, or _gpu.json)",
+    )
+    _results.add_rounds(parser, 15)
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        nargs="+",
+        default=MODELS,
+        metavar="MODEL",
+        help=f"whose variables to update (default: {' '.join(MODELS)})",
+    )
+    parser.add_argument(
+        "--peak_memory_of",
+        metavar="OPTIMIZER",
+        help="only print the peak memory of this optimizer, in MB",
+    )
+    options = parser.parse_args()
+    check_backend(parser)
+    if options.peak_memory_of:
+        (model,) = options.model
+        print(json.dumps(peak_memory(model, options.peak_memory_of)))
         return
     device = "gpu" if on_gpu() else "cpu"
-    output = pathlib.Path(
-        _OUTPUT.value or f"docs/results/optimizer_step_{device}.json"
-    )
-    for model in _MODELS.value:
-        measured = measure(model, _ROUNDS.value)
-        print(f"\n{markdown({model: measured})}", flush=True)
-        report.add_json(output, model, measured)
+    output = options.output or f"docs/results/optimizer_step_{device}.json"
+    for model in options.model:
+        result = measure(model, options.rounds)
+        print(f"\n{markdown({model: result})}", flush=True)
+        _results.add_json(output, model, result)
 
 
-def check_backend():
+def check_backend(parser):
+    if BACKEND not in ("tensorflow", "jax"):
+        parser.error(
+            f"KERAS_BACKEND is {BACKEND}, but must be tensorflow or jax"
+        )
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
         if tf.config.list_physical_devices("GPU"):
-            sys.exit(
-                "TensorFlow sees a GPU, on which this times nothing right: "
-                "set KERAS_BACKEND=jax, or CUDA_VISIBLE_DEVICES= for the CPU"
+            parser.error(
+                "TensorFlow sees a GPU, whose times this cannot measure: set "
+                "KERAS_BACKEND=jax, or CUDA_VISIBLE_DEVICES= for the CPU"
             )
-        # It warns that each contender traces a function of its own.
+        # TensorFlow warns that each optimizer traces its own function.
         tf.get_logger().setLevel("ERROR")
-    elif BACKEND != "jax":
-        sys.exit(f"KERAS_BACKEND is {BACKEND}, but must be tensorflow or jax")
 
 
 if __name__ == "__main__":

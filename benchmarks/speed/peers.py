@@ -1,4 +1,4 @@
-"""Peers that cannot be imported in the ordinary way."""
+"""Optimizers of other projects that need a special import."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,10 @@ import types
 
 
 def timm_lars():
-    """Returns timm's Lars, or None where timm or torch is not installed.
+    """Returns timm's Lars, or None if timm or torch is not installed.
 
-    timm as a whole would need torchvision, so its packages are replaced by
-    empty ones while the one module is imported.
+    timm as a whole needs torchvision. So empty modules replace its packages
+    while its module of Lars is imported.
     """
     timm = importlib.util.find_spec("timm")
     if timm is None or importlib.util.find_spec("torch") is None:

@@ -1,44 +1,43 @@
-"""What a whole update of ResNet-50 at a batch of 32,768 takes on one GPU.
+"""What does an update of ResNet-50 at a batch of 32,768 take on one GPU?
 
     pip install -e '.[bench]' 'jax[cuda12]'
     KERAS_BACKEND=jax python -m benchmarks.speed.resnet50_gpu
 
-It needs neither TensorFlow nor images. A step is 128 micro-batches of 256, each
-a call of one compiled program, which makes images of 224 x 224 and labels on
-the GPU, goes forward and backward in bfloat16 and adds the gradients up in
-float32; and then one update of LARS, which is a program of its own. Batch
-norm's statistics are those of a micro-batch. No image comes from the host.
+It needs neither TensorFlow nor images. A step is 128 micro-batches of 256 and
+one update of LARS. One compiled program makes the images of 224 x 224 pixels
+and the labels of a micro-batch on the GPU, computes the forward and backward
+pass in bfloat16, and accumulates the gradients in float32. The update is a
+second program. Batch norm's statistics are those of a micro-batch. At 2,500
+images/s, a guess, it takes 2 minutes.
 
-The table has medians, with the quartiles, and the floors beside them:
+The table has medians with quartiles, and these floors:
 
-- The step is timed as a whole, and the updates of LARS and of Keras's SGD with
-  momentum alone, in turns, ten calls in a row, as in `optimizer_step`. In the
-  step the host prepares the update while the GPU still computes, so the share
-  of the update is at most what is said here. Their floor is the memory's speed,
-  as there: 7 passes over the parameters, and 5.
-- Forward and backward are what is left of the step. Their floor is arithmetic,
-  that of convolutions and of the dense layer, at the peak of the GPU's data
-  sheet; beside it is the speed of a large product of bfloat16 matrices, which
-  is measured. Batch norm, ReLU and additions read and write memory, and have no
-  part in that floor.
+- The updates of LARS and of Keras's SGD with momentum are also timed alone, in
+  turns, ten calls in a row. Within a step the host prepares the update while
+  the GPU computes, so the share of the update is at most the one shown. The
+  floor is the speed of the memory, as in `optimizer_step`: 7 passes over the
+  parameters for LARS, 5 for SGD.
+- The forward and backward pass are the rest of the step. Their floor is the
+  arithmetic of convolutions and of the dense layer at the peak of the GPU's
+  data sheet. Batch norm, ReLU and additions read and write memory, which this
+  floor leaves out. A large product of bfloat16 matrices is timed beside it.
 
-On a CPU it runs in small, to try it:
+A small run on a CPU, to try it, takes 1 minute:
 
-    KERAS_BACKEND=jax python -m benchmarks.speed.resnet50_gpu \
-        --image_size=32 --micro_batch=4 --global_batch=8 --rounds=2 \
+    KERAS_BACKEND=jax python -m benchmarks.speed.resnet50_gpu \\
+        --image_size=32 --micro_batch=4 --global_batch=8 --rounds=2 \\
         --output=runs/resnet50_small.json
 """
 
-import pathlib
 import sys
 import time
 
 import keras
 import numpy as np
-from absl import flags
 
+from benchmarks import _measure
+from benchmarks import _results
 from benchmarks.speed import optimizer_step
-from benchmarks.speed import report
 from horovod_recipes.models.flops import training_flops
 from horovod_recipes.models.resnet import resnet50
 from horovod_recipes.planning.hardware import HARDWARE
@@ -47,50 +46,20 @@ from keras_lars import LARS
 PRECISION = "mixed_bfloat16"
 CLASSES = 1000
 MOMENTUM = 0.9
-# So small that the weights stay what they are, however often they are updated.
+# Small enough that many updates hardly change the weights.
 LEARNING_RATE = 0.001
 WEIGHT_DECAY = 5e-5
+# How often the updates alone and the matrix product are timed.
 UPDATE_ROUNDS = 15
-# What JAX calls a device, and what it is in `HARDWARE`. An H200 is an H100 with
-# more and faster memory.
+# Rows and columns of the matrices of a product.
+MATRIX_SIZE_GPU, MATRIX_SIZE_CPU = 8192, 512
+# JAX's name of a GPU, and its name in `HARDWARE`. An H200 is an H100 with more
+# and faster memory.
 DATA_SHEETS = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h100"}
-
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size",
-    224,
-    "Height and width of the images, in pixels.",
-    lower_bound=32,
-    flag_values=FLAGS,
-)
-_MICRO_BATCH = flags.DEFINE_integer(
-    "micro_batch",
-    256,
-    "Images that are on the GPU at once.",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-_GLOBAL_BATCH = flags.DEFINE_integer(
-    "global_batch",
-    32768,
-    "Images of an update; a multiple of --micro_batch.",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 5, "Whole updates to time.", lower_bound=2, flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    None,
-    "JSON to write. Defaults to docs/results/resnet50_gpu.json, on a GPU.",
-    flag_values=FLAGS,
-)
 
 
 def measure(image_size, micro_batch, global_batch, rounds):
-    """Returns what the step and its parts take, and their floors."""
+    """Returns the times of the step and its parts, and their floors."""
     keras.config.set_dtype_policy(PRECISION)
     model = resnet50((image_size, image_size, 3), CLASSES)
     begin = time.perf_counter()
@@ -109,9 +78,10 @@ def measure(image_size, micro_batch, global_batch, rounds):
         losses.append(loss)
     if not np.isfinite(losses).all():
         sys.exit(
-            f"error: losses are not finite, so times mean little: {losses}"
+            "error: the losses are not finite, so the times say little: "
+            f"{losses}"
         )
-    # Before anything else takes memory.
+    # The updates alone take more memory.
     peak_mb = peak_memory()
 
     update_s = time_updates(weights, gradients)
@@ -150,19 +120,19 @@ def sgd():
 def training_step(model, optimizer, micro_batch, accumulation):
     """Returns a function that makes one update, and a program's memory.
 
-    The variables of the model and of the optimizer hold nothing afterwards:
-    their arrays are the function's.
+    The function takes over the arrays of the model and of the optimizer, whose
+    variables are empty afterwards.
 
     Args:
-        model: From uint8 images to logits.
-        optimizer: Of Keras; not built yet.
+        model: A `keras.Model` from uint8 images to logits.
+        optimizer: A Keras optimizer that is not built yet.
         micro_batch: Integer, images of a forward and backward pass.
-        accumulation: Integer, micro-batches of an update.
+        accumulation: Integer, micro-batches per update.
 
     Returns:
         A function without arguments that returns weights, mean gradients and
-        the loss of the last micro-batch; and the MB that the program of a
-        micro-batch takes, by XLA's count.
+        the loss of the last micro-batch; and the MB that XLA counts for the
+        program of a micro-batch.
     """
     import jax
     import jax.numpy as jnp
@@ -182,7 +152,7 @@ def training_step(model, optimizer, micro_batch, accumulation):
         (loss, statistics), new = jax.value_and_grad(loss_of, has_aux=True)(
             weights, statistics, images, labels
         )
-        # Starting anew costs no pass of its own here.
+        # Resetting the sum here costs no extra pass.
         first = count % accumulation == 0
         gradients = [
             jnp.where(first, 0.0, mean) + gradient / accumulation
@@ -218,7 +188,7 @@ def training_step(model, optimizer, micro_batch, accumulation):
 
 
 def make_batch(count, size, image_shape):
-    """Returns random uint8 images and labels, others for every `count`."""
+    """Returns random uint8 images and labels, new ones for each `count`."""
     import jax
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count))
@@ -233,24 +203,24 @@ def program_memory(compiled):
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
-        # Results that take the place of arguments.
+        # Results that reuse the memory of arguments.
         - memory.alias_size_in_bytes
     )
     return round(size / 1e6)
 
 
 def peak_memory():
-    """Returns the most MB that JAX has held, also to choose algorithms."""
+    """Returns the peak MB of JAX, which includes choosing algorithms."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
-    # The CPU has none.
+    # A CPU has no statistics.
     return stats and round(stats["peak_bytes_in_use"] / 1e6)
 
 
 def time_updates(weights, gradients):
     """Returns `{name: [seconds of an update, each round]}`."""
-    # Copies, since each update gives its own away.
+    # Copies, because each update donates its arrays.
     weights = [np.asarray(w) for w in weights]
     steps = {
         "LARS": optimizer_step.keras_jax_step(lars(), weights, gradients),
@@ -259,36 +229,27 @@ def time_updates(weights, gradients):
         ),
         "two passes": optimizer_step.two_passes(weights),
     }
-    return time_calls(steps, UPDATE_ROUNDS)
-
-
-def time_calls(steps, rounds):
-    """Returns `{name: [seconds of a call, each round]}`."""
-    # A GPU works while the host goes on: many calls keep it busy.
-    calls = 10 if optimizer_step.on_gpu() else 1
-    functions = {
-        name: optimizer_step.called(step, calls) for name, step in steps.items()
-    }
-    times = report.interleaved_times(functions, rounds)
-    return {name: np.array(s) / calls for name, s in times.items()}
+    return optimizer_step.time_calls(steps, UPDATE_ROUNDS)
 
 
 def matrix_product_flops():
     """Returns the FLOP/s of a product of large bfloat16 matrices."""
     import jax
 
-    size = 8192 if optimizer_step.on_gpu() else 512
+    size = MATRIX_SIZE_GPU if optimizer_step.on_gpu() else MATRIX_SIZE_CPU
     a, b = (
         jax.random.normal(key, (size, size), "bfloat16")
         for key in jax.random.split(jax.random.key(0))
     )
     product = jax.jit(lambda a, b: a @ b)
-    times = time_calls({"product": lambda: product(a, b)}, UPDATE_ROUNDS)
+    times = optimizer_step.time_calls(
+        {"product": lambda: product(a, b)}, UPDATE_ROUNDS
+    )
     return 2 * size**3 / np.median(times["product"])
 
 
 def data_sheet_flops():
-    """Returns the peak of the device in FLOP/s; None if it is not known."""
+    """Returns the peak of the device in FLOP/s, or None if it is unknown."""
     import jax
 
     name = DATA_SHEETS.get(jax.local_devices()[0].device_kind)
@@ -298,14 +259,14 @@ def data_sheet_flops():
 def summary(
     images, image_flops, step_s, update_s, pass_s, product_flops, peak_flops
 ):
-    """Returns medians, quartiles, shares and floors, in units for a table.
+    """Returns medians, quartiles, shares and floors, in a table's units.
 
     Args:
-        images: Integer, of a step.
-        image_flops: Integer, FLOPs of forward and backward of an image.
+        images: Integer, images of a step.
+        image_flops: Integer, FLOPs of an image's forward and backward pass.
         step_s: List, the seconds of each step.
-        update_s: Dict `{name: array of seconds}` with the keys of
-            `optimizer_step.PASSES`; the same rounds of each.
+        update_s: Dict `{name: array with the seconds of each round}`, with the
+            keys of `optimizer_step.PASSES`.
         pass_s: Float, seconds of a pass over the parameters.
         product_flops: Float, FLOP/s of a matrix product.
         peak_flops: Float, FLOP/s of the data sheet, or None.
@@ -318,10 +279,10 @@ def summary(
         name: passes * pass_s for name, passes in optimizer_step.PASSES.items()
     }
     return {
-        "step_s": report.spread(step_s.tolist()),
-        "images_per_second": report.spread((images / step_s).tolist(), 1),
+        "step_s": _measure.spread(step_s),
+        "images_per_second": _measure.spread(images / step_s, 1),
         "forward_and_backward": {
-            "s": report.spread(passes_s.tolist()),
+            "s": _measure.spread(passes_s),
             "floor_s": peak_flops
             and round(images * image_flops / peak_flops, 3),
             "gflop_per_image": round(image_flops / 1e9, 3),
@@ -333,14 +294,14 @@ def summary(
         },
         "updates": {
             name: {
-                "ms": report.spread((1e3 * seconds).tolist()),
+                "ms": _measure.spread(1e3 * seconds),
                 "floor_ms": round(1e3 * floors[name], 3),
                 "x_floor": round(float(np.median(seconds)) / floors[name], 2),
             }
             for name, seconds in update_s.items()
         },
-        "lars_to_sgd": report.spread(
-            (update_s["LARS"] / update_s["SGD momentum"]).tolist()
+        "lars_to_sgd": _measure.spread_of_ratios(
+            update_s["LARS"], update_s["SGD momentum"]
         ),
         "update_percent_of_step": float(
             f"{100 * update / np.median(step_s):.3g}"
@@ -348,8 +309,8 @@ def summary(
     }
 
 
-def as_text(result):
-    """Returns what was measured as a table and two lines, for a person."""
+def markdown(result):
+    """Returns a table, with a line of arithmetic and a line of memory."""
     passes = result["forward_and_backward"]
     known = passes["data_sheet_tflops"] is not None
     rows = [
@@ -374,52 +335,70 @@ def as_text(result):
         ("LARS, % of the step", result["update_percent_of_step"], "", ""),
     ]
     memory = result["memory_mb"]
-    return "\n".join(
+    return "\n\n".join(
         [
             f"ResNet-50, {result['image_size']} x {result['image_size']}, "
-            f"{result['global_batch']} images an update, "
-            f"{result['micro_batch']} a micro-batch, {PRECISION}\n",
-            report.table(["part", "time", "floor", "x floor"], rows),
-            f"\n{passes['tflops']:.3g} TFLOP/s: "
+            f"{result['global_batch']} images per update, "
+            f"{result['micro_batch']} per micro-batch, {PRECISION}",
+            _results.table(["part", "time", "floor", "x floor"], rows),
+            f"{passes['tflops']:.3g} TFLOP/s: "
             f"{passes['of_data_sheet'] if known else 'an unknown share'} of "
             f"the data sheet's peak, {passes['of_matrix_product']} of a matrix "
             f"product's {passes['matrix_product_tflops']:.3g}",
-            f"memory, MB: {memory['peak'] or 'not known'} at the peak, "
-            f"{memory['micro_batch_program']} of a micro-batch's program",
+            f"memory, MB: {memory['peak'] or 'unknown'} at the peak, "
+            f"{memory['micro_batch_program']} for a micro-batch's program",
         ]
     )
 
 
 def spread_text(spread):
-    median, low, high = spread
-    return f"{median:.4g} ({low:.4g} to {high:.4g})"
+    return _results.cell(spread, ".4g")
 
 
 def main():
-    report.parse_command_line(FLAGS)
+    parser = _results.parser(
+        __spec__,
+        __doc__,
+        None,
+        "JSON file to write (default on a GPU: docs/results/resnet50_gpu.json)",
+    )
+    _results.add_integer(
+        parser, "image_size", 224, "height and width in pixels", at_least=32
+    )
+    _results.add_integer(
+        parser, "micro_batch", 256, "images on the GPU at once"
+    )
+    _results.add_integer(
+        parser,
+        "global_batch",
+        32768,
+        "images per update, a multiple of --micro_batch",
+    )
+    _results.add_rounds(parser, 5)
+    options = parser.parse_args()
     if optimizer_step.BACKEND != "jax":
-        sys.exit(
-            f"error: KERAS_BACKEND is {optimizer_step.BACKEND}, but must be jax"
+        parser.error(
+            f"KERAS_BACKEND is {optimizer_step.BACKEND}, but must be jax"
         )
-    if _GLOBAL_BATCH.value % _MICRO_BATCH.value:
-        sys.exit(
-            f"error: --global_batch={_GLOBAL_BATCH.value} is not a multiple of "
-            f"--micro_batch={_MICRO_BATCH.value}"
+    if options.global_batch % options.micro_batch:
+        parser.error(
+            f"--global_batch={options.global_batch} is not a multiple of "
+            f"--micro_batch={options.micro_batch}"
         )
-    if _OUTPUT.value is None and not optimizer_step.on_gpu():
-        sys.exit(
-            "error: JAX sees no GPU; to try it on the CPU, name an --output, "
-            "and a small --image_size, --micro_batch and --global_batch"
+    if options.output is None and not optimizer_step.on_gpu():
+        parser.error(
+            "JAX sees no GPU. To try this on the CPU, pass --output and a "
+            "small --image_size, --micro_batch and --global_batch"
         )
     result = measure(
-        _IMAGE_SIZE.value,
-        _MICRO_BATCH.value,
-        _GLOBAL_BATCH.value,
-        _ROUNDS.value,
+        options.image_size,
+        options.micro_batch,
+        options.global_batch,
+        options.rounds,
     )
-    print(as_text(result))
-    report.write_json(
-        pathlib.Path(_OUTPUT.value or "docs/results/resnet50_gpu.json"), result
+    print(markdown(result))
+    _results.write_json(
+        options.output or "docs/results/resnet50_gpu.json", result
     )
 
 

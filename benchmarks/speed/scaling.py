@@ -1,20 +1,23 @@
-"""How many more images a second do two ranks train on than one?
+"""How many more images per second do two ranks train on than one?
 
     horovodrun --gloo -np 2 python -m benchmarks.speed.scaling
     horovodrun --mpi -np 2 python -m benchmarks.speed.scaling
 
-trains ResNet-50 on images of 64 x 64 pixels by what a job does, with
-accumulation 8 and without, on ranks that have a core of their own and one
-thread each. In each round all ranks make an update together; then all make one
-at the same time, each for itself, without communication; and then rank 0 makes
-one alone, while the others wait. Each is of as many images a rank, so the
-global batch grows with the ranks. The speed-up is the images a second of all
-over those of the one, a round each; that of ranks apart is what the machine
-allows, whose cores share caches, memory and their host.
+The second command needs a Horovod built with MPI. Each takes 8 minutes on 2
+cores. It trains ResNet-50 v1 on images of 64 x 64 pixels as a job does, with
+accumulation 8 and without. Each rank has its own core and one thread. A round
+makes three kinds of updates, with the same number of images per rank:
 
-Three more updates of each kind are recorded by Horovod's timeline, with which a
-picture shows where the time goes: computing, waiting for the slowest rank, the
-allreduce, and the optimizer's update.
+- all: all ranks make an update together;
+- apart: all ranks make one at the same time, without communication;
+- alone: rank 0 makes one while the others wait.
+
+The speed-up is the images per second of all divided by those of rank 0 alone,
+in each round. The speed-up of ranks apart is what the machine allows, because
+cores share caches, memory and their host.
+
+Horovod's timeline records three more updates of each kind. A figure shows their
+parts: computing, waiting for the slowest rank, the allreduce, and the update.
 """
 
 import json
@@ -24,47 +27,24 @@ import statistics
 import tempfile
 import time
 
-import keras
-import matplotlib.figure
 import tensorflow as tf
-from absl import flags
 
 import horovod_recipes.keras as hvd
-from benchmarks.speed import report
-from benchmarks.speed.allreduce import backend
-from horovod_recipes.models import MODELS
-from keras_lars import LARS
+from benchmarks import _measure
+from benchmarks import _results
+from benchmarks.speed import _ranks
 
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 9, "How often each is timed.", lower_bound=2, flag_values=FLAGS
-)
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", 64, "Pixels.", flag_values=FLAGS
-)
-_MICRO_BATCH = flags.DEFINE_integer(
-    "micro_batch", 16, "Images of a rank at once.", flag_values=FLAGS
-)
-_ACCUMULATION = flags.DEFINE_multi_integer(
-    "accumulation",
-    [8, 1],
-    "Micro-batches an update; may be given several times.",
-    flag_values=FLAGS,
-)
-_XLA = flags.DEFINE_bool(
-    "xla", False, "Compile forward and backward pass.", flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-    "output", "docs/results/scaling.json", "JSON to write.", flag_values=FLAGS
-)
+# Parts of an update, and their colors in the figure.
 PARTS = {
     "compute": "tab:blue",
     "wait": "tab:red",
     "allreduce": "tab:orange",
     "update": "tab:green",
 }
-RECORDED = 3
+# Updates in the timeline.
+RECORDED_UPDATES = 3
+# Horovod's thread must finish the file of the timeline within these seconds.
+TIMELINE_LIMIT_S = 10
 
 
 def pin_to_core():
@@ -75,39 +55,11 @@ def pin_to_core():
         os.sched_setaffinity(int(thread), {core})
 
 
-def update_function(network, micro_batch, accumulation, xla, process_set):
-    """Returns a function that makes an update over the ranks of a set."""
-    model = network()
-    model.compile(
-        hvd.DistributedOptimizer(
-            # Its size does not change the time, but weights must stay finite.
-            LARS(0.01, weight_decay=5e-4),
-            backward_passes_per_step=accumulation,
-            average_aggregated_gradients=True,
-            process_set=process_set,
-        ),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        steps_per_execution=accumulation,
-        jit_compile=xla,
-    )
-    model.optimizer.build(model.trainable_variables)
-    model.make_train_function()
-    images = tf.random.uniform(
-        [micro_batch, *model.input_shape[1:]], 0, 256, tf.int32
-    )
-    labels = tf.random.uniform(
-        [micro_batch], 0, model.output_shape[-1], tf.int32
-    )
-    batch = tf.cast(images, tf.uint8), labels
-    batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
-    return lambda: model.train_function(batches)
-
-
 def named_allreduce(name, process_set=hvd.global_process_set):
     """Returns a function that waits for all ranks of a set."""
 
-    # Horovod's timeline has the names of operations in a graph alone, from
-    # which TensorFlow takes what has no result or only constant inputs.
+    # The timeline names only operations of a graph. From a graph TensorFlow
+    # removes operations without results or with constant inputs.
     @tf.function(autograph=False)
     def allreduce(tensor):
         return hvd.grouped_allreduce(
@@ -118,7 +70,7 @@ def named_allreduce(name, process_set=hvd.global_process_set):
 
 
 def speeds(updates, images, barrier, rounds):
-    """Returns `{kind: images a second, a round each}`, on every rank."""
+    """Returns `{kind: [images per second of each round]}` on every rank."""
     ways = {
         "all": (updates["all"], hvd.size()),
         "apart": (updates["alone"], hvd.size()),
@@ -139,7 +91,7 @@ def speeds(updates, images, barrier, rounds):
 
 
 def recorded_parts(update, process_set, barrier):
-    """Returns rank 0's seconds of each part of an update, by the timeline."""
+    """Returns rank 0's seconds in each part of an update."""
     begins = named_allreduce("mark_begins", process_set)
     ends = named_allreduce("mark_ends", process_set)
     takes_part = 0 in process_set.ranks
@@ -147,7 +99,7 @@ def recorded_parts(update, process_set, barrier):
         begins()
         ends()
     parts = []
-    for _ in range(RECORDED):
+    for _ in range(RECORDED_UPDATES):
         with tempfile.TemporaryDirectory() as folder:
             timeline = pathlib.Path(folder, "timeline.json")
             barrier()
@@ -170,10 +122,9 @@ def recorded_parts(update, process_set, barrier):
 
 
 def read_timeline(path):
-    """Returns the events of a timeline that has just been stopped."""
-    deadline = time.monotonic() + 10
+    """Returns the events of a timeline that has just stopped."""
+    deadline = time.monotonic() + TIMELINE_LIMIT_S
     while True:
-        # A thread of Horovod's writes it.
         try:
             return json.loads(path.read_text())
         except (json.JSONDecodeError, FileNotFoundError):
@@ -183,7 +134,7 @@ def read_timeline(path):
 
 
 def parts_of_update(events):
-    """Returns the seconds of each part of the update between two marks."""
+    """Returns the seconds in each part of the update between two marks."""
     spans = spans_of_timeline(events)
     marks = [span for span in spans if "mark_" in span[0]]
     gradients = [
@@ -210,7 +161,7 @@ def parts_of_update(events):
 
 
 def spans_of_timeline(events):
-    """Returns `(operation, activity, begin, end)` of each, in microseconds."""
+    """Returns `(operation, activity, begin, end)`, with times in us."""
     operations, open_spans, spans = {}, {}, []
     for event in events:
         lane = event["pid"]
@@ -224,28 +175,27 @@ def spans_of_timeline(events):
     return spans
 
 
-def measure(network, micro_batch, accumulation, xla, rounds, alone):
-    """Returns the result of one number of micro-batches an update.
+def measure(network, micro_batch, accumulation, rounds, alone):
+    """Returns the result for one number of micro-batches per update.
 
     Args:
         network: Function that returns a `keras.Model` from uint8 images to
             logits.
-        micro_batch: Integer, images of a rank at once.
-        accumulation: Integer, micro-batches an update.
-        xla: Whether to compile forward and backward pass.
+        micro_batch: Integer, images per rank and micro-batch.
+        accumulation: Integer, micro-batches per update.
         rounds: Integer.
         alone: The `ProcessSet` of this rank.
     """
     sets = {"all": hvd.global_process_set, "alone": alone}
     updates = {
-        kind: update_function(
-            network, micro_batch, accumulation, xla, process_set
+        kind: _ranks.update_function(
+            network(), micro_batch, accumulation, False, process_set
         )
         for kind, process_set in sets.items()
     }
     barrier = named_allreduce("barrier")
     images = micro_batch * accumulation
-    # The first ones compile.
+    # The first rounds compile.
     speeds(updates, images, barrier, rounds=2)
     found = speeds(updates, images, barrier, rounds)
     parts = {
@@ -256,13 +206,15 @@ def measure(network, micro_batch, accumulation, xla, rounds, alone):
         "accumulation": accumulation,
         "global_batch": images * hvd.size(),
         "images_per_second": {
-            kind: report.spread(values, 2) for kind, values in found.items()
+            kind: _measure.spread(values, 2) for kind, values in found.items()
         },
         "speed_up": {
-            kind: ratio(found[kind], found["alone"])
+            kind: _measure.spread_of_ratios(found[kind], found["alone"])
             for kind in ("all", "apart")
         },
-        "all_over_apart": ratio(found["all"], found["apart"]),
+        "all_over_apart": _measure.spread_of_ratios(
+            found["all"], found["apart"]
+        ),
         "seconds_of_an_update": {
             kind: {name: round(value, 4) for name, value in part.items()}
             for kind, part in parts.items()
@@ -270,12 +222,8 @@ def measure(network, micro_batch, accumulation, xla, rounds, alone):
     }
 
 
-def ratio(speeds, others):
-    return report.spread([a / b for a, b in zip(speeds, others, strict=True)])
-
-
 def markdown(results):
-    """Returns the tables of a file of results, of each library."""
+    """Returns the tables of a file of results, over all libraries."""
     rows, parts_rows = [], []
     for key, result in results.items():
         for line in result["results"]:
@@ -287,21 +235,23 @@ def markdown(results):
                 line["speed_up"]["apart"],
                 line["all_over_apart"],
             )
-            rows.append([name, *map(report.cell, values)])
+            rows.append([name, *map(_results.cell, values)])
             parts_rows += [
                 [f"{name}, {kind}", *parts.values()]
                 for kind, parts in line["seconds_of_an_update"].items()
             ]
     header = ["", "images/s alone", "all", "speed-up", "apart", "all / apart"]
     return (
-        f"{report.table(header, rows)}\n\nWhere the time of rank 0 goes, in "
-        "seconds of an update, by Horovod's timeline:\n\n"
-        f"{report.table(['', *PARTS], parts_rows)}"
+        f"{_results.table(header, rows)}\n\nSeconds of rank 0 in each part "
+        "of an update, from Horovod's timeline:\n\n"
+        f"{_results.table(['', *PARTS], parts_rows)}"
     )
 
 
 def draw(results, path):
-    """Draws the parts of an update, as bars, into a PNG file."""
+    """Draws the parts of an update as a PNG."""
+    import matplotlib.figure
+
     lines = {
         f"{key}, accumulation {line['accumulation']}": line
         for key, result in results.items()
@@ -323,55 +273,67 @@ def draw(results, path):
         axes.set_title(
             f"{title}: speed-up {line['speed_up']['all'][0]}", fontsize=10
         )
-    panels[-1].set_xlabel("seconds of rank 0, by Horovod's timeline")
+    panels[-1].set_xlabel("seconds of rank 0, from Horovod's timeline")
     bars = panels[0].get_legend_handles_labels()
     figure.legend(*bars, loc="outside lower center", ncols=len(PARTS))
-    report.save_figure(figure, path)
+    _results.save_figure(figure, path)
 
 
 def main():
-    report.parse_command_line(FLAGS)
-    tf.get_logger().setLevel("ERROR")
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    # So that the timeline can be started later.
+    parser = _results.parser(
+        __spec__,
+        __doc__,
+        "docs/results/scaling.json",
+        "JSON file to write; it keeps results of other libraries and numbers "
+        "of ranks (default: %(default)s)",
+    )
+    _results.add_rounds(parser, 9)
+    _results.add_integer(
+        parser, "image_size", 64, "height and width in pixels", at_least=32
+    )
+    _results.add_integer(
+        parser, "micro_batch", 16, "images per rank and micro-batch"
+    )
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        nargs="+",
+        default=[8, 1],
+        metavar="N",
+        help="micro-batches per update (default: 8 1)",
+    )
+    options = parser.parse_args()
+    # Allows the timeline to start later.
     os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
     alone = [hvd.ProcessSet([rank]) for rank in range(launched_ranks())]
-    hvd.init(process_sets=alone)
-    machine = report.machine()
-    pin_to_core()
-    size = _IMAGE_SIZE.value
-    # As in a job, whose collectives it takes note of.
-    with hvd.callbacks.Watchdog(3600):
+    with _ranks.start(process_sets=alone):
+        machine = _measure.machine()
+        pin_to_core()
         results = [
             measure(
-                lambda: MODELS["resnet50"]((size, size, 3), 1000, version="v1"),
-                _MICRO_BATCH.value,
+                lambda: _ranks.resnet50_v1(options.image_size),
+                options.micro_batch,
                 accumulation,
-                _XLA.value,
-                _ROUNDS.value,
+                options.rounds,
                 alone[hvd.rank()],
             )
-            for accumulation in _ACCUMULATION.value
+            for accumulation in options.accumulation
         ]
-    if hvd.rank() > 0:
-        return
-    key = f"{backend()}, {hvd.size()} ranks"
-    result = {
-        "machine": machine,
-        "ranks": hvd.size(),
-        "image_size": size,
-        "micro_batch": _MICRO_BATCH.value,
-        "xla": _XLA.value,
-        "rounds": _ROUNDS.value,
-        "results": results,
-    }
-    print(markdown({key: result}))
-    report.add_json(_OUTPUT.value, key, result)
+    if hvd.rank() == 0:
+        result = {
+            "machine": machine,
+            "ranks": hvd.size(),
+            "image_size": options.image_size,
+            "micro_batch": options.micro_batch,
+            "rounds": options.rounds,
+            "results": results,
+        }
+        print(markdown({_ranks.key(): result}))
+        _results.add_json(options.output, _ranks.key(), result)
 
 
 def launched_ranks():
-    """Returns the number of ranks, before Horovod starts."""
+    """Returns the number of ranks before Horovod starts."""
     for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if name in os.environ:
             return int(os.environ[name])

@@ -1,109 +1,89 @@
-"""What does XLA gain where it compiles forward and backward pass?
+"""What does XLA gain if it compiles the forward and backward pass?
 
     python -m benchmarks.speed.xla_step
 
-makes updates of ResNet-50 on generated images as a job of one rank does, with
-the config's `xla` and without, which take turns. The update is a program of its
-own in both. The first call traces and compiles.
+makes updates of ResNet-50 on generated images in one process, as a job does,
+with the config's `xla` and without it, in turns. The update is a program of its
+own in both. The first call traces and compiles. It takes 3 minutes on 1 core.
 """
 
 import time
 
-import tensorflow as tf
-from absl import flags
-
-import horovod_recipes.keras as hvd
-from benchmarks.speed import report
-from benchmarks.speed.scaling import update_function
-from horovod_recipes.models import MODELS
-
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 9, "How often each is timed.", lower_bound=2, flag_values=FLAGS
-)
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", 64, "Pixels.", flag_values=FLAGS
-)
-_MICRO_BATCH = flags.DEFINE_integer(
-    "micro_batch", 16, "Images at once.", flag_values=FLAGS
-)
-_ACCUMULATION = flags.DEFINE_integer(
-    "accumulation", 1, "Micro-batches an update.", flag_values=FLAGS
-)
-_THREADS = flags.DEFINE_integer(
-    "threads", 1, "Of the processor.", flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-    "output", "docs/results/xla_step.json", "JSON to write.", flag_values=FLAGS
-)
+from benchmarks import _measure
+from benchmarks import _results
+from benchmarks.speed import _ranks
 
 
 def measure(network, micro_batch, accumulation, rounds):
-    """Returns `[{xla, images_per_second, ratio, first_call_seconds}]`."""
+    """Returns `[{xla, images_per_second, ratio, first_call_seconds}]`.
+
+    `network` is a function that returns a new model.
+    """
     updates, first_calls = {}, {}
     for xla in (False, True):
         begin = time.perf_counter()
-        updates[xla] = update_function(
-            network, micro_batch, accumulation, xla, hvd.global_process_set
+        updates[xla] = _ranks.update_function(
+            network(), micro_batch, accumulation, xla
         )
         updates[xla]()
         first_calls[xla] = time.perf_counter() - begin
-    times = report.interleaved_times(updates, rounds)
+    times = _measure.interleaved_times(updates, rounds)
     images = micro_batch * accumulation
     return [
         {
             "xla": xla,
-            "images_per_second": report.spread(
+            "images_per_second": _measure.spread(
                 [images / s for s in times[xla]]
             ),
-            "ratio": report.spread(
-                [a / b for a, b in zip(times[False], times[xla], strict=True)]
-            ),
+            "ratio": _measure.spread_of_ratios(times[False], times[xla]),
             "first_call_seconds": round(first_calls[xla], 1),
         }
         for xla in updates
     ]
 
 
-def main():
-    report.parse_command_line(FLAGS)
-    tf.get_logger().setLevel("ERROR")
-    tf.config.threading.set_intra_op_parallelism_threads(_THREADS.value)
-    tf.config.threading.set_inter_op_parallelism_threads(_THREADS.value)
-    hvd.init()
-    size = _IMAGE_SIZE.value
-    # As in a job, whose collectives it takes note of.
-    with hvd.callbacks.Watchdog(3600):
-        results = measure(
-            lambda: MODELS["resnet50"]((size, size, 3), 1000, version="v1"),
-            _MICRO_BATCH.value,
-            _ACCUMULATION.value,
-            _ROUNDS.value,
-        )
+def markdown(result):
     rows = [
         [
             "XLA" if line["xla"] else "without",
-            "{} ({} to {})".format(*line["images_per_second"]),
-            "{} ({} to {})".format(*line["ratio"]),
+            _results.cell(line["images_per_second"]),
+            _results.cell(line["ratio"]),
             line["first_call_seconds"],
         ]
-        for line in results
+        for line in result["results"]
     ]
     header = ["", "images/s", "x without", "first call, s"]
-    print(report.table(header, rows))
-    report.write_json(
-        _OUTPUT.value,
-        {
-            "machine": report.machine(),
-            "image_size": size,
-            "micro_batch": _MICRO_BATCH.value,
-            "accumulation": _ACCUMULATION.value,
-            "threads": _THREADS.value,
-            "rounds": _ROUNDS.value,
-            "results": results,
-        },
+    return _results.table(header, rows)
+
+
+def main():
+    parser = _results.parser(__spec__, __doc__, "docs/results/xla_step.json")
+    _results.add_rounds(parser, 9)
+    _results.add_integer(
+        parser, "image_size", 64, "height and width in pixels", at_least=32
     )
+    _results.add_integer(parser, "micro_batch", 16, "images per micro-batch")
+    _results.add_integer(parser, "accumulation", 1, "micro-batches per update")
+    _results.add_integer(parser, "threads", 1, "threads of TensorFlow")
+    options = parser.parse_args()
+    with _ranks.start(options.threads):
+        results = measure(
+            lambda: _ranks.resnet50_v1(options.image_size),
+            options.micro_batch,
+            options.accumulation,
+            options.rounds,
+        )
+    result = {
+        "machine": _measure.machine(),
+        "image_size": options.image_size,
+        "micro_batch": options.micro_batch,
+        "accumulation": options.accumulation,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "results": results,
+    }
+    print(markdown(result))
+    _results.write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""The whole of Fashion-MNIST, 70,000 images of clothes: fetched once.
+"""All 70,000 images of Fashion-MNIST, downloaded once.
 
     python -m benchmarks.study.fashion_mnist
 
-The four files are those that Keras and TFDS download. Where there is no
-internet access, Debian's package dataset-fashion-mnist has them; root is not
-needed to fetch it.
+The four files are those that Keras and TFDS download. Without internet access
+they come from Debian's package dataset-fashion-mnist, which needs no root.
 """
 
+import argparse
 import gzip
 import hashlib
-import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 import keras
 import numpy as np
 
+from benchmarks._download import data_dir
+from benchmarks._download import downloaded
+
+FOLDER = "fashion_mnist_files"
 SHA256 = {
     "train-images-idx3-ubyte.gz": (
         "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7"
@@ -34,43 +36,39 @@ SHA256 = {
 }
 ORIGIN = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
+# Seconds for each command that gets the Debian package.
+TIME_LIMIT_S = 300
 
 
 def load():
-    """Returns `((images, labels), (images, labels))`, to train and to test.
+    """Returns `((images, labels), (images, labels))` to train and to test.
 
-    60,000 and 10,000: images are uint8 arrays `(n, 28, 28, 1)`, labels uint8
-    arrays `(n,)` of 0 to 9.
+    The parts have 60,000 and 10,000 images. Images are uint8 arrays
+    `(n, 28, 28, 1)`, and labels are uint8 arrays `(n,)` from 0 to 9.
 
     Raises:
-        OSError: If the files are neither there nor to be had.
+        OSError: If the files cannot be downloaded.
     """
     folder = fetch()
-    return tuple(
-        (
-            _read(folder / f"{part}-images-idx3-ubyte.gz", 16).reshape(
-                -1, 28, 28, 1
-            ),
-            _read(folder / f"{part}-labels-idx1-ubyte.gz", 8),
-        )
-        for part in ("train", "t10k")
-    )
+    parts = []
+    for part in ("train", "t10k"):
+        images = _read(folder / f"{part}-images-idx3-ubyte.gz", header=16)
+        labels = _read(folder / f"{part}-labels-idx1-ubyte.gz", header=8)
+        parts.append((images.reshape(-1, 28, 28, 1), labels))
+    return tuple(parts)
 
 
 def fetch():
-    """Returns the folder of the files, after a download if there is none."""
-    data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    folder = pathlib.Path(data_dir).expanduser() / "fashion_mnist_files"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            try:
-                found = _from_keras(temporary)
-            except Exception as error:
-                # What `get_file` raises has no type of its own.
-                found = _from_debian(temporary, error)
-            found.rename(folder)
-    return folder
+    """Returns the folder of the files, and downloads them if needed."""
+    return downloaded(FOLDER, _download)
+
+
+def _download(temporary):
+    try:
+        return _from_keras(temporary)
+    except Exception as error:
+        # `get_file` raises many types.
+        return _from_debian(temporary, error)
 
 
 def _from_keras(temporary):
@@ -78,29 +76,31 @@ def _from_keras(temporary):
         keras.utils.get_file(
             name,
             ORIGIN + name,
-            cache_dir=temporary,
+            cache_dir=str(temporary),
             cache_subdir="files",
             file_hash=sha256,
         )
-    return pathlib.Path(temporary, "files")
+    return temporary / "files"
 
 
 def _from_debian(temporary, reason):
     try:
         _run(["apt-get", "download", DEBIAN_PACKAGE], temporary)
-        (package,) = pathlib.Path(temporary).glob("*.deb")
+        (package,) = temporary.glob("*.deb")
         _run(["dpkg-deb", "--extract", package, "package"], temporary)
     except (OSError, subprocess.CalledProcessError) as error:
         raise OSError(
-            f"Fashion-MNIST is not to be had: {reason}; and {error}. On Debian "
-            "try `apt-get update` first. With the four files at hand, put them "
-            "into fashion_mnist_files in the folder that TFDS_DATA_DIR names."
+            f"cannot download Fashion-MNIST: {reason}; and {error}. On Debian, "
+            "try `apt-get update` first. If you have the four files, copy them "
+            f"into {data_dir() / FOLDER}."
         ) from error
-    folder = pathlib.Path(temporary, "package/usr/share/datasets/fashion-mnist")
+    folder = temporary / "package/usr/share/datasets/fashion-mnist"
     for name, sha256 in SHA256.items():
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != sha256:
-            raise OSError(f"{name} of {DEBIAN_PACKAGE} is not the known file")
+            raise OSError(
+                f"{name} of {DEBIAN_PACKAGE} has another content than expected"
+            )
     return folder
 
 
@@ -110,19 +110,23 @@ def _run(command, folder):
         cwd=folder,
         check=True,
         stdout=subprocess.DEVNULL,
-        # As root, apt would warn that its own user cannot write here.
+        # As root, apt warns that its own user cannot write here.
         stderr=subprocess.DEVNULL,
-        timeout=300,
+        timeout=TIME_LIMIT_S,
     )
 
 
-def _read(path, offset):
-    return np.frombuffer(
-        gzip.decompress(path.read_bytes()), "uint8", -1, offset
-    )
+def _read(path, header):
+    content = gzip.decompress(pathlib.Path(path).read_bytes())
+    return np.frombuffer(content, "uint8", -1, offset=header)
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog=f"python -m {__spec__.name}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     try:
         print(f"Fashion-MNIST is in {fetch()}")
     except OSError as error:

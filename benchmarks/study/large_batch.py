@@ -1,32 +1,32 @@
-"""Where does LARS hold the accuracy at large batches, and where does SGD?
+"""At which batch sizes does LARS keep the accuracy, and where does SGD?
 
     python -m benchmarks.study.large_batch --setting=small
     python -m benchmarks.study.large_batch
 
-the first in less than 10 minutes on two cores, the second in hours; with
-`KERAS_BACKEND=jax`, on a GPU where there is one. It trains two small networks,
-an AlexNet without batch norm and a ResNet with it, on Fashion-MNIST, for the
-same number of epochs at each global batch, by four recipes:
+The small setting takes 7 minutes on 2 cores, the full one 3 hours. With
+`KERAS_BACKEND=jax` it runs on a GPU if there is one. It downloads Fashion-MNIST
+and trains two small networks on it, an AlexNet without batch norm and a ResNet
+with it. Each global batch gets the same number of epochs. The four recipes are:
 
 - SGD with momentum at a fixed rate;
-- SGD with a rate that is scaled linearly with the batch, after a warm-up (Goyal
-  et al., https://arxiv.org/abs/1706.02677): what the LARS paper argues against;
+- SGD whose rate scales linearly with the batch, after a warm-up (Goyal et al.,
+  https://arxiv.org/abs/1706.02677), against which the LARS paper argues;
 - LARS with the usual exclusions, the same warm-up and the same decay;
 - the same with `unadapted_scale`.
 
-In each cell, of a network, a recipe and a batch, the rate is searched for by
-the same number of tries, by the accuracy on 5,000 of the training images, which
-none of the runs is trained on. The chosen rate is then trained with two more
-seeds. The accuracy that is reported is that on the 10,000 test images. A batch
-is made of micro-batches of 256, whose gradients are averaged; batch norm's
-statistics are those of a micro-batch, so that all batches have the same.
+A cell is a network, a recipe and a batch. The same number of tries searches for
+the rate of each cell, by the accuracy on 5,000 training images that no run is
+trained on. The best rate is then trained with two more seeds. The reported
+accuracy is the one on the 10,000 test images. A batch consists of micro-batches
+of 256, whose gradients are averaged. Batch norm's statistics are those of a
+micro-batch, so they are the same for all batches.
 
-All runs are kept in a JSON as they end, by which a study that was stopped goes
-on. A table and a figure are made of it:
+Each run is saved in a JSON file when it ends, and a study that was stopped
+resumes from this file. To print the tables and draw the figure from it:
 
     python -m benchmarks.study.large_batch --report
 
-and a cell of it is repeated, and compared, by
+To train the seeds of a cell again, and compare:
 
     python -m benchmarks.study.large_batch --again=alexnet,lars,8192
 """
@@ -41,65 +41,30 @@ import statistics
 import sys
 
 import keras
-from absl import flags
+import numpy as np
 
-from benchmarks.speed import report
+from benchmarks import _measure
+from benchmarks import _results
 from benchmarks.study import fashion_mnist
-from benchmarks.study.large_batch_report import draw
-from benchmarks.study.large_batch_report import print_report
-from benchmarks.study.large_batch_run import NETWORKS
-from benchmarks.study.large_batch_run import RECIPES
-from benchmarks.study.large_batch_run import SETTINGS
-from benchmarks.study.large_batch_run import Run
-from benchmarks.study.large_batch_run import train
+from benchmarks.study.training import NETWORK_TITLES
+from benchmarks.study.training import NETWORKS
+from benchmarks.study.training import RECIPES
+from benchmarks.study.training import SETTINGS
+from benchmarks.study.training import Run
+from benchmarks.study.training import train
 from keras_lars.schedules import scale_learning_rate
 
-# Of rates that follow each other in a search.
+# Ratio of neighbouring rates in a search.
 FACTOR = 3
-# The rate is too high then, or, where there are few updates, too low.
-WHILE_NOTHING_IS_LEARNED = (0, -2, -1, -4)
-# Top-1, in percent, up to which a network only guesses; 10 by chance.
-LEARNED = 20
-
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_SETTING = flags.DEFINE_enum(
-    "setting", "full", list(SETTINGS), "How much to run.", flag_values=FLAGS
-)
-_WORKERS = flags.DEFINE_integer(
-    "workers",
-    len(os.sched_getaffinity(0)),
-    "Runs at a time, of one thread each.",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-_REPORT = flags.DEFINE_bool(
-    "report", False, "Train nothing: report on the runs.", flag_values=FLAGS
-)
-_AGAIN = flags.DEFINE_list(
-    "again",
-    None,
-    "NETWORK,RECIPE,BATCH of a cell to train once more and compare.",
-    flag_values=FLAGS,
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    None,
-    "JSON to write and to go on with. Defaults to "
-    "docs/results/large_batch.json, or runs/large_batch_small.json.",
-    flag_values=FLAGS,
-)
-_PICTURE = flags.DEFINE_string(
-    "picture",
-    None,
-    "PNG to write. Defaults to docs/images/large_batch.png, or "
-    "runs/large_batch_small.png.",
-    flag_values=FLAGS,
-)
+# Powers of `FACTOR` to try while nothing is learned. The rate is then too high
+# or, with few updates, too low.
+POWERS_WITHOUT_LEARNING = (0, -2, -1, -4)
+# Top-1 in percent up to which a network only guesses; chance is 10.
+GUESSING_TOP1 = 20
 
 
 def runs_of_chain(network, recipe, setting):
-    """Yields the runs of a network and a recipe; is sent the result of each."""
+    """Yields the runs of a network and a recipe, and is sent each result."""
     best_rates = {}
     for batch in setting.batches:
         first = first_rate(RECIPES[recipe], batch, best_rates)
@@ -114,7 +79,7 @@ def runs_of_chain(network, recipe, setting):
 
 
 def first_rate(recipe, batch, best_rates):
-    """Returns the rate that follows from the best at the next smaller batch."""
+    """Returns the rate to try first, from the best at the smaller batch."""
     if not best_rates:
         return recipe.first_rate
     below = max(known for known in best_rates if known < batch)
@@ -127,14 +92,14 @@ def next_exponent(tried):
     """Returns the power of `FACTOR` to try next.
 
     Args:
-        tried: Dict, the result of each power that was tried, in which powers
-            follow each other by 1 or 0.5.
+        tried: Dict from each power that was tried, in steps of 1 or 0.5, to
+            its result.
     """
     if not tried:
         return 0
     middle = min(k for k in tried if tried[k] is best(tried.values()))
     if score(tried[middle]) == 0:
-        return next(k for k in WHILE_NOTHING_IS_LEARNED if k not in tried)
+        return next(k for k in POWERS_WITHOUT_LEARNING if k not in tried)
     up, down = middle + 1, middle - 1
     for exponent in (up, down):
         if exponent not in tried:
@@ -145,14 +110,13 @@ def next_exponent(tried):
 
 def best(results):
     """Returns the best result of a search."""
-    # Of equals the smallest: where all diverged, the rates are too high.
+    # The smallest of equals: if all diverged, the rates are too high.
     return max(results, key=lambda r: (score(r), -r["rate"]))
 
 
 def score(result):
-    return (
-        result["validation_top1"] if result["validation_top1"] > LEARNED else 0
-    )
+    top1 = result["validation_top1"]
+    return top1 if top1 > GUESSING_TOP1 else 0
 
 
 def rounded(rate):
@@ -160,7 +124,7 @@ def rounded(rate):
 
 
 def study(setting, workers, path):
-    """Trains what is not in the file at `path` yet, and adds it as it ends."""
+    """Trains the runs that the file at `path` lacks, and adds each."""
     results = read_results(path, setting)
     chains = [
         runs_of_chain(network, recipe, setting)
@@ -206,9 +170,9 @@ def next_of(chain, result):
 
 
 def pool(workers):
-    """Returns an executor of processes that have one thread each.
+    """Returns an executor of processes with one thread each.
 
-    So the same run gives the same result, to the bit, on one machine.
+    With one thread, a run gives bit-equal results on one machine.
     """
     os.environ |= {
         "TF_NUM_INTRAOP_THREADS": "1",
@@ -224,14 +188,14 @@ def pool(workers):
 
 
 def read_results(path, setting):
-    """Returns `{run: result}` of the file, if there is one."""
+    """Returns `{run: result}` from the file, which may be missing."""
     if not path.exists():
         return {}
     found = json.loads(path.read_text())
     if found["setting"] != as_json(setting):
         sys.exit(
             f"error: {path} has runs of another setting, {found['setting']}: "
-            "name another --output, or remove it"
+            "pass another --output, or remove the file"
         )
     names = [field.name for field in dataclasses.fields(Run)]
     return {
@@ -242,18 +206,15 @@ def read_results(path, setting):
 
 def write_results(path, setting, results):
     """Writes all runs, and the cells that are complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
     content = {
         "command": " ".join(["python -m", __spec__.name, *sys.argv[1:]]),
         "backend": keras.backend.backend(),
-        "machine": report.machine(),
+        "machine": _measure.machine(),
         "setting": as_json(setting),
         "cells": cells_of(results, setting),
         "runs": list(results.values()),
     }
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    _results.write_json(path, content, verbose=False)
 
 
 def as_json(setting):
@@ -261,14 +222,11 @@ def as_json(setting):
 
 
 def cells_of(results, setting):
-    """Returns the complete cells, in the order of the study.
-
-    Those of one network and recipe are found as the study found them, by asking
-    for its runs.
-    """
+    """Returns the complete cells, in the order of the study."""
     cells = []
     for network in NETWORKS:
         for recipe in RECIPES:
+            # Follow the search, which depends on the results.
             chain = runs_of_chain(network, recipe, setting)
             found = []
             run = next_of(chain, None)
@@ -282,7 +240,7 @@ def cells_of(results, setting):
 
 
 def cell(results, setting):
-    """Returns what is reported of a cell, from its runs in their order."""
+    """Returns the summary of a cell from its runs, in their order."""
     tries = results[: setting.tries]
     chosen = best(tries)
     top1s = [r["test_top1"] for r in (chosen, *results[setting.tries :])]
@@ -298,18 +256,18 @@ def cell(results, setting):
 
 
 def repeat(name, setting, workers, path):
-    """Trains a cell's seeds again; exits with 1 where the mean is another."""
+    """Trains a cell's seeds again, and exits with 1 if the mean differs."""
     try:
-        network, recipe, batch = name
+        network, recipe, batch = name.split(",")
         place = network, recipe, int(batch)
     except ValueError:
-        sys.exit(f"error: --again={','.join(name)} is not NETWORK,RECIPE,BATCH")
+        sys.exit(f"error: --again={name} is not NETWORK,RECIPE,BATCH")
     cells = cells_of(read_results(path, setting), setting)
     found = [
         c for c in cells if (c["network"], c["recipe"], c["batch"]) == place
     ]
     if not found:
-        sys.exit(f"error: {path} has no complete cell {','.join(name)}")
+        sys.exit(f"error: {path} has no complete cell {name}")
     (first,) = found
     runs = [Run(*place, first["rate"], seed) for seed in range(setting.seeds)]
     with pool(workers) as executor:
@@ -325,27 +283,135 @@ def repeat(name, setting, workers, path):
         sys.exit("error: not reproduced")
 
 
+def print_report(cells):
+    for network, title in NETWORK_TITLES.items():
+        print(f"\n{title}: top-1 in %, mean (lowest to highest) at the rate.")
+        print("* is the highest or lowest rate that was tried.\n")
+        print(markdown(cells, network))
+
+
+def markdown(cells, network):
+    """Returns a network's table: mean, lowest and highest top-1, and rate."""
+    by_place = {(c["batch"], c["recipe"]): c for c in cells_in(cells, network)}
+    rows = []
+    for batch in sorted({batch for batch, _ in by_place}):
+        found = [by_place.get((batch, recipe)) for recipe in RECIPES]
+        updates = next(c["updates"] for c in found if c is not None)
+        rows.append([batch, updates, *map(cell_text, found)])
+    titles = [recipe.title for recipe in RECIPES.values()]
+    return _results.table(["batch", "updates", *titles], rows)
+
+
+def cell_text(cell):
+    if cell is None:
+        return "not run"
+    low, high = min(cell["top1"]), max(cell["top1"])
+    edge = "*" if cell["rate_at_the_edge"] else ""
+    return f"{cell['mean_top1']} ({low} to {high}) at {cell['rate']:g}{edge}"
+
+
+def cells_in(cells, network):
+    return [cell for cell in cells if cell["network"] == network]
+
+
+def draw(cells, path):
+    """Draws mean, lowest and highest top-1 over the batch as a PNG."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, len(NETWORK_TITLES), sharey=True)
+    for axes, (network, title) in zip(
+        panels, NETWORK_TITLES.items(), strict=True
+    ):
+        for index, (recipe, about) in enumerate(RECIPES.items()):
+            line = [
+                c for c in cells_in(cells, network) if c["recipe"] == recipe
+            ]
+            line.sort(key=lambda c: c["batch"])
+            lowest, mean, highest = np.transpose(
+                [(min(c["top1"]), c["mean_top1"], max(c["top1"])) for c in line]
+                or np.empty((0, 3))
+            )
+            axes.errorbar(
+                [c["batch"] for c in line],
+                mean,
+                [mean - lowest, highest - mean],
+                marker="o",
+                capsize=3,
+                color=f"C{index}",
+                label=about.title,
+            )
+        axes.set_title(title)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({c["batch"] for c in cells})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xlabel("global batch")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("top-1 on the test images, %")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+    )
+    _results.save_figure(figure, path)
+
+
 def main():
-    report.parse_command_line(FLAGS)
-    setting = SETTINGS[_SETTING.value]
-    # Results of a try do not belong to the documentation.
+    parser = _results.parser(
+        __spec__,
+        __doc__,
+        None,
+        "JSON file to write and to resume from (default: "
+        "docs/results/large_batch.json, or runs/large_batch_small.json)",
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="PNG file to write (default: docs/images/large_batch.png, or "
+        "runs/large_batch_small.png)",
+    )
+    parser.add_argument(
+        "--setting",
+        choices=SETTINGS,
+        default="full",
+        help="how much to run (default: full)",
+    )
+    _results.add_integer(
+        parser,
+        "workers",
+        len(os.sched_getaffinity(0)),
+        "runs at a time, with one thread each",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="train nothing; report on the saved runs",
+    )
+    parser.add_argument(
+        "--again",
+        metavar="NETWORK,RECIPE,BATCH",
+        help="train the seeds of this cell again, and compare",
+    )
+    options = parser.parse_args()
+    setting = SETTINGS[options.setting]
+    # A small run must not replace the documented results.
     output, picture = (
         ("runs/large_batch_small.json", "runs/large_batch_small.png")
-        if _SETTING.value == "small"
+        if options.setting == "small"
         else ("docs/results/large_batch.json", "docs/images/large_batch.png")
     )
-    path = pathlib.Path(_OUTPUT.value or output)
-    if _AGAIN.value:
-        repeat(_AGAIN.value, setting, _WORKERS.value, path)
+    path = options.output or pathlib.Path(output)
+    if options.again:
+        repeat(options.again, setting, options.workers, path)
         return
-    if _REPORT.value:
+    if options.report:
         results = read_results(path, setting)
     else:
         fashion_mnist.fetch()
-        results = study(setting, _WORKERS.value, path)
+        results = study(setting, options.workers, path)
     cells = cells_of(results, setting)
     print_report(cells)
-    draw(cells, _PICTURE.value or picture)
+    draw(cells, options.picture or picture)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""How far apart are the norms of weights and gradients, from layer to layer?
+"""How much do the norms of weights and gradients differ across layers?
 
     python -m benchmarks.study.trust_ratios
 
-in a few minutes on two cores. LARS is made for what the ratio of the two does:
+takes a few minutes on 2 cores, and downloads photos and Fashion-MNIST. LARS
+compensates for the spread of the ratio of both norms. It is measured twice:
 
 - At the first step, as in Table 2 of the LARS paper: BVLC's AlexNet with its
-  initial values, and 20 photos of ImageNet as the recipe `alexnet` crops them.
-  A batch of 20 is not one of thousands: what 5 and 10 of the photos give shows
-  how the ratios depend on it. The paper's are shown beside them, as copies of
-  its table in public code have them.
+  initial weights, on 20 photos of ImageNet that the recipe `alexnet` crops. A
+  batch of 20 differs from one of thousands, so 5 and 10 photos show how the
+  ratios depend on it. Beside them are the paper's ratios, from copies of its
+  table in public code.
 - Over training: the small AlexNet of `large_batch`, on Fashion-MNIST with LARS
   and a batch of 8,192. The ratio of each update is that of the weights before
-  it to the gradient averaged over its micro-batches; it is computed from the
-  trust ratio, which `TrustRatioLogger` records at every update.
+  it to the gradient averaged over its micro-batches. It is computed from the
+  trust ratio that `TrustRatioLogger` records at every update.
 """
 
 import csv
@@ -22,44 +23,30 @@ import tempfile
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
+from benchmarks import _measure
+from benchmarks import _results
 from benchmarks import photos
-from benchmarks.speed import report
-from benchmarks.study import large_batch_run
+from benchmarks.study import training
 from horovod_recipes.configs import alexnet as alexnet_config
 from horovod_recipes.data.augmentations import AUGMENTATIONS
 from horovod_recipes.models.alexnet import alexnet
 from keras_lars.callbacks import TrustRatioLogger
 
-# Of its own, because tests import all benchmarks into one process.
-FLAGS = flags.FlagValues()
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    "docs/results/trust_ratios.json",
-    "JSON to write.",
-    flag_values=FLAGS,
-)
-_PICTURE = flags.DEFINE_string(
-    "picture",
-    "docs/images/trust_ratios.png",
-    "PNG to write.",
-    flag_values=FLAGS,
-)
-
 SEED = 0
+# Photos of each batch at the first step.
 PHOTOS = (5, 10, 20)
-# The rate was chosen by hand, by runs that are not kept.
-RUN = large_batch_run.Run("alexnet", "lars_scaled", 8192, 16.0, SEED)
-SETTING = large_batch_run.SETTINGS["full"]
+# Runs that are not kept led to the rate of 16.
+RUN = training.Run("alexnet", "lars_scaled", 8192, 16.0, SEED)
+SETTING = training.SETTINGS["full"]
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-# ‖w‖/‖∇L‖ of kernel and bias in Table 2 of the paper, as copies in public code
-# have it; the paper itself was not at hand. They name kernels "b" and biases
-# "w"; but a norm of 1.86 is that of conv1's kernel, 34,848 numbers of standard
-# deviation 0.01. By their norms the paper's biases begin at 0.01, and at 0.1 in
-# fc6 and fc7, where BVLC's begin at 0 or 0.1. The norms of conv5's bias in the
-# copies, 0.16 and 0.0002, do not give their ratio of 69; all others do, within
-# 5 %.
+# ‖w‖/‖∇L‖ of kernel and bias in Table 2 of the paper, from copies of the table
+# in public code. The copies call kernels "b" and biases "w", but the norm 1.86
+# of "conv1.b" is that of conv1's kernel: 34,848 numbers with a standard
+# deviation of 0.01. The copies' norms of conv5's bias, 0.16 and 0.0002, do not
+# give its ratio of 69; all other norms give their ratio within 5 %.
+# By these norms the paper's biases start at 0.1 in fc6 and fc7, otherwise at
+# 0.01. BVLC's start at 0 or 0.1.
 PAPER = {
     "conv1": (8.48, 5.76),
     "conv2": (33.6, 83.5),
@@ -118,19 +105,19 @@ def first_step(model, images, labels):
 
 
 def norm_ratios(trust_ratios, trust_coefficient, weight_decay):
-    """Returns `||w|| / ||g||` of trust ratios `c ||w|| / (||g|| + b ||w||)`."""
+    """Returns `‖w‖/‖g‖` from trust ratios `c ‖w‖ / (‖g‖ + b ‖w‖)`."""
     return 1 / (trust_coefficient / np.asarray(trust_ratios) - weight_decay)
 
 
 def course(run, setting):
-    """Trains, and returns what came out and `{layer: ratio of each update}`.
+    """Trains; returns the result and `{layer: [ratio of each update]}`.
 
-    Of kernels, which are what the recipe adapts.
+    The ratios are those of kernels, which the recipe adapts.
     """
-    optimizer, _ = large_batch_run.make_optimizer(run, setting)
+    optimizer, _ = training.make_optimizer(run, setting)
     with tempfile.TemporaryDirectory() as log_dir:
         logger = TrustRatioLogger(log_dir, every_n_steps=1)
-        result = large_batch_run.train(run, setting, [logger])
+        result = training.train(run, setting, [logger])
         table = pathlib.Path(log_dir, "trust_ratios.csv").read_text()
     _, *rows = csv.reader(table.splitlines())
     steps, *columns = np.array(rows, "float64").T
@@ -138,7 +125,7 @@ def course(run, setting):
         raise RuntimeError(f"not every update was recorded: {steps}")
     return result, {
         layer: norm_ratios(
-            column, optimizer.trust_coefficient, large_batch_run.WEIGHT_DECAY
+            column, optimizer.trust_coefficient, training.WEIGHT_DECAY
         ).tolist()
         for layer, column in zip(LAYERS, columns, strict=True)
     }
@@ -155,7 +142,7 @@ def measure():
     result, ratios = course(RUN, SETTING)
     return {
         "command": "python -m benchmarks.study.trust_ratios",
-        "machine": report.machine(),
+        "machine": _measure.machine(),
         "first_step": {
             "image_size": images.shape[1],
             "seed": SEED,
@@ -164,7 +151,7 @@ def measure():
         "course": {
             "run": result,
             "epochs": SETTING.epochs,
-            "warmup_updates": large_batch_run.warmup_updates(
+            "warmup_updates": training.warmup_updates(
                 SETTING, result["updates"]
             ),
             "training_images": SETTING.training_images,
@@ -174,7 +161,7 @@ def measure():
 
 
 def rounded(value):
-    """Returns a JSON value, its numbers of 5 digits."""
+    """Returns a JSON value whose numbers have 5 digits."""
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -187,7 +174,7 @@ def paper_ratio(line):
 
 
 def first_step_table(batches):
-    """Returns the norms of the last batch, and the ratios of all."""
+    """Returns a table: norms of the last batch, and ratios of all."""
     rows = []
     for line, *others in zip(
         *(batch["variables"] for batch in reversed(batches)), strict=True
@@ -200,7 +187,9 @@ def first_step_table(batches):
             + [paper_ratio(line)]
         )
     ratios = [f"‖w‖/‖∇L‖, {b['photos']} photos" for b in reversed(batches)]
-    return report.table(["", "‖w‖", "‖∇L‖", *ratios, "paper, by copies"], rows)
+    return _results.table(
+        ["", "‖w‖", "‖∇L‖", *ratios, "paper, by copies"], rows
+    )
 
 
 def course_table(ratios):
@@ -210,28 +199,28 @@ def course_table(ratios):
         [layer, *(f"{values[update - 1]:.3g}" for update in shown)]
         for layer, values in ratios.items()
     ]
-    return report.table(
+    return _results.table(
         ["‖w‖/‖∇L‖, kernel", *(f"update {u}" for u in shown)], rows
     )
 
 
 def draw(lines, ratios, path):
-    """Draws the first step over layers, and training over updates, as a PNG."""
+    """Draws ratios over layers at first, then over updates, as a PNG."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
-    first, training = figure.subplots(1, 2)
+    at_start, over_time = figure.subplots(1, 2)
     for kind, color, marker in (("kernel", "C0", "o"), ("bias", "C1", "s")):
         own = [line for line in lines if line["kind"] == kind]
-        first.plot(
+        at_start.plot(
             LAYERS,
-            # Those of 0 have no place on a logarithmic axis.
+            # A logarithmic axis cannot show 0; text below does.
             [line["ratio"] or np.nan for line in own],
             marker,
             color=color,
             label=f"{kind}, {PHOTOS[-1]} photos",
         )
-        first.plot(
+        at_start.plot(
             LAYERS,
             [paper_ratio(line) for line in own],
             marker,
@@ -241,30 +230,30 @@ def draw(lines, ratios, path):
         )
         for line in own:
             if not line["ratio"]:
-                first.text(
+                at_start.text(
                     line["layer"],
                     0.02,
                     "0",
                     color=color,
                     ha="center",
-                    transform=first.get_xaxis_transform(),
+                    transform=at_start.get_xaxis_transform(),
                 )
-    first.set_title("AlexNet, first step")
+    at_start.set_title("AlexNet, first step")
     for layer, values in ratios.items():
-        training.plot(range(1, len(values) + 1), values, label=layer)
-    training.axvline(
-        large_batch_run.warmup_updates(SETTING, len(ratios[LAYERS[0]])),
+        over_time.plot(range(1, len(values) + 1), values, label=layer)
+    over_time.axvline(
+        training.warmup_updates(SETTING, len(ratios[LAYERS[0]])),
         color="0.5",
         linestyle=":",
         label="end of warm-up",
     )
-    training.set_title(f"small AlexNet, kernels, batch {RUN.batch:,}")
-    training.set_xlabel("update")
-    for axes, columns in ((first, 2), (training, 5)):
+    over_time.set_title(f"small AlexNet, kernels, batch {RUN.batch:,}")
+    over_time.set_xlabel("update")
+    for axes, columns in ((at_start, 2), (over_time, 5)):
         axes.set_yscale("log")
         axes.set_ylabel("‖w‖ / ‖∇L‖")
         axes.grid(alpha=0.3)
-        # Below, where they hide nothing.
+        # Below the axes, so that they hide nothing.
         axes.legend(
             loc="upper center",
             bbox_to_anchor=(0.5, -0.12),
@@ -274,13 +263,22 @@ def draw(lines, ratios, path):
             columnspacing=1.2,
             handlelength=1.5,
         )
-    # Room for the zeros.
-    first.set_ylim(bottom=2)
-    report.save_figure(figure, path)
+    # Leaves space for the text of zeros.
+    at_start.set_ylim(bottom=2)
+    _results.save_figure(figure, path)
 
 
 def main():
-    report.parse_command_line(FLAGS)
+    parser = _results.parser(
+        __spec__, __doc__, "docs/results/trust_ratios.json"
+    )
+    parser.add_argument(
+        "--picture",
+        default="docs/images/trust_ratios.png",
+        metavar="FILE",
+        help="PNG file to write (default: %(default)s)",
+    )
+    options = parser.parse_args()
     result = measure()
     batches = result["first_step"]["batches"]
     ratios = result["course"]["ratios"]
@@ -290,8 +288,8 @@ def main():
     print(
         f"\ntop-1 on the test images: {result['course']['run']['test_top1']} %"
     )
-    report.write_json(_OUTPUT.value, result)
-    draw(batches[-1]["variables"], ratios, _PICTURE.value)
+    _results.write_json(options.output, result)
+    draw(batches[-1]["variables"], ratios, options.picture)
 
 
 if __name__ == "__main__":

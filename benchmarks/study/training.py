@@ -1,4 +1,4 @@
-"""One run of the large-batch study: a network, a recipe and a batch."""
+"""One training of the studies: a network, a recipe, a batch and a rate."""
 
 import dataclasses
 import functools
@@ -13,7 +13,9 @@ from benchmarks.study import fashion_mnist
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
 
+# Images per micro-batch.
 MICRO_BATCH = 256
+# Training images that are held out to choose the rate.
 VALIDATION_IMAGES = 5000
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -22,17 +24,16 @@ WEIGHT_DECAY = 5e-4
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     title: str
-    # At batch 256; a search begins there.
+    # The first rate of a search, at batch 256.
     first_rate: float
-    # How the first rate to try follows from the best one at a smaller batch.
+    # The rule from the best rate at a smaller batch to the next first rate.
     scaling: str | None
-    # Whether the rate warms up and decays; else it is fixed.
+    # Whether the rate warms up and decays; otherwise it is fixed.
     scheduled: bool
-    # Arguments of LARS.
-    arguments: dict
+    lars_arguments: dict
 
 
-# SGD is LARS that adapts no variable, so that all else is the same code.
+# SGD is LARS that adapts no variable, so all other code is the same.
 SGD = {"exclude_from_layer_adaptation": [".*"]}
 RECIPES = {
     "sgd": Recipe("SGD, fixed rate", 0.03, None, False, SGD),
@@ -62,7 +63,7 @@ class Setting:
 
 SETTINGS = {
     "full": Setting(
-        # What matters most is there first.
+        # The most important batches run first.
         batches=(256, 8192, 32768, 1024, 4096, 16384),
         epochs=10,
         warmup_epochs=2,
@@ -91,7 +92,7 @@ class Run:
 
 
 def small_alexnet(seed):
-    """Returns five convolutions and three dense layers, without batch norm."""
+    """Returns 5 convolutions and 3 dense layers, without batch norm."""
     initializers = seeded_initializers(seed)
 
     def convolution(x, filters, size, strides=1):
@@ -161,13 +162,15 @@ NETWORK_TITLES = {
 
 
 def seeded_initializers(seed):
-    """Yields He's initializers, each of a seed of its own."""
-    for own_seed in np.random.default_rng(seed).integers(2**31, size=100):
+    """Yields He's initializers with different seeds."""
+    rng = np.random.default_rng(seed)
+    # At least as many as any network has layers.
+    for own_seed in rng.integers(2**31, size=100):
         yield keras.initializers.HeNormal(int(own_seed))
 
 
 class MicroBatches(keras.utils.PyDataset):
-    """The micro-batches of whole updates, from shuffled epochs, end to end."""
+    """Micro-batches of whole updates, from shuffled epochs in a row."""
 
     def __init__(self, images, labels, count, seed):
         super().__init__()
@@ -187,10 +190,10 @@ class MicroBatches(keras.utils.PyDataset):
 
 
 def without_autotuning(batches):
-    """Returns the same batches in another form, where TensorFlow reads them.
+    """Returns the same batches, on TensorFlow as a dataset without autotuning.
 
-    It would else end many trainings half a minute late: it tunes the input from
-    a thread that sleeps for up to a minute, and waits for it in the end.
+    A thread that tunes the input sleeps for up to a minute, and the end of a
+    training waits for it.
     """
     if keras.backend.backend() != "tensorflow":
         return batches
@@ -198,7 +201,7 @@ def without_autotuning(batches):
 
     dataset = tf.data.Dataset.from_generator(
         lambda: map(batches.__getitem__, range(len(batches))),
-        # Of batches of any size, so that both forms are rounded alike.
+        # Without a fixed batch size, both forms round the same.
         output_signature=tuple(
             tf.TensorSpec((None, *part.shape[1:]), part.dtype)
             for part in batches[0]
@@ -229,7 +232,7 @@ def data(training_images):
 
 
 def make_optimizer(run, setting):
-    """Returns the optimizer of a run, and how many updates it is to make."""
+    """Returns the optimizer of a run, and its number of updates."""
     recipe = RECIPES[run.recipe]
     updates = round(setting.epochs * setting.training_images / run.batch)
     rate = run.rate
@@ -239,7 +242,7 @@ def make_optimizer(run, setting):
             run.rate,
             updates,
             warmup,
-            # At 0 the first update would be lost: one of 17 at batch 32K.
+            # From 0, one of the 17 updates at batch 32K would do nothing.
             warmup_start_learning_rate=run.rate / max(warmup, 1),
         )
     accumulation = run.batch // MICRO_BATCH
@@ -247,10 +250,10 @@ def make_optimizer(run, setting):
         rate,
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
-        # Compiling takes longer than it gains on networks as small as these.
+        # For such small networks, compiling takes longer than it saves.
         jit_compile=False,
         gradient_accumulation_steps=accumulation if accumulation > 1 else None,
-        **recipe.arguments,
+        **recipe.lars_arguments,
     )
     return optimizer, updates
 
@@ -260,7 +263,7 @@ def warmup_updates(setting, updates):
 
 
 def train(run, setting, callbacks=()):
-    """Trains one network, and returns a dict of what came out."""
+    """Trains one network; returns its accuracies and time as a dict."""
     begin = time.perf_counter()
     keras.backend.clear_session()
     parts = data(setting.training_images)
@@ -269,13 +272,13 @@ def train(run, setting, callbacks=()):
     model.compile(
         optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # On a CPU, TensorFlow's own convolutions are the faster ones.
+        # On a CPU, TensorFlow's convolutions are faster than XLA's.
         jit_compile=keras.backend.backend() != "tensorflow",
     )
     count = updates * run.batch // MICRO_BATCH
     model.fit(
         without_autotuning(MicroBatches(*parts["training"], count, run.seed)),
-        # Keras would shuffle the micro-batches, by a seed of its own.
+        # Keras would shuffle the micro-batches with its own seed.
         shuffle=False,
         verbose=0,
         callbacks=[keras.callbacks.TerminateOnNaN(), *callbacks],
@@ -292,7 +295,7 @@ def train(run, setting, callbacks=()):
 
 
 def top1(model, images, labels):
-    """Returns the accuracy in percent; 0 where the network has diverged."""
+    """Returns the accuracy in percent, or 0 if the network has diverged."""
     logits = model.predict(images, batch_size=1000, verbose=0)
     if not np.isfinite(logits).all():
         return 0.0

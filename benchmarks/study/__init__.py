@@ -1,0 +1,1 @@
+"""What LARS does to accuracy and to the norms of gradients."""
