@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a kill, never meets half of one."""
+"""Writing a file so that nobody ever reads half of it."""
 
 import contextlib
 import os
@@ -6,10 +6,10 @@ import os
 
 @contextlib.contextmanager
 def written_atomically(path):
-    """Yields a path beside `path` to write to, and renames it when done.
+    """Yields a path beside `path` to write to, and renames it at the end.
 
-    The path yielded has the suffix of `path`. If the block fails, `path`
-    stays as it was and what was written is removed.
+    The yielded path has the suffix of `path`. If the block fails, `path` stays
+    unchanged and the new file is removed.
     """
     part = path.with_name(f".part-{path.name}")
     try:

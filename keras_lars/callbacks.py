@@ -1,19 +1,19 @@
-"""A callback that records what the trust ratios of LARS do in `model.fit`."""
+"""A callback that records the trust ratios of LARS during `model.fit`."""
 
 import csv
 import importlib.util
-import math
-import os
 import pathlib
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_lars import _heat_map
+from keras_lars._checks import check_integer
+from keras_lars._checks import check_path
+from keras_lars._files import written_atomically
+from keras_lars._unwrap import innermost
 from keras_lars.lars import LARS
-
-# With more rows the picture stops growing and leaves labels out.
-MAX_LABELS = 200
 
 
 class TrustRatioLogger(keras.callbacks.Callback):
@@ -21,29 +21,31 @@ class TrustRatioLogger(keras.callbacks.Callback):
 
     It writes into `log_dir`:
 
-    - `trust_ratios.csv`: the column `step`, counted in updates, and for each
-        variable, named by its path, one of ratios, which have no unit. Each
-        row is on disk once recorded. A `fit` that begins at a step above 0,
-        as in a resumed job, keeps the rows up to there and goes on, if they
-        are of the same variables; otherwise the table starts anew.
-    - TensorBoard events, a file for each `fit`: scalars `trust_ratio/<path>`
-        and one histogram `log10_trust_ratio` over all variables.
-    - `trust_ratios.png`, when training ends: the whole table as a heat map,
-        grey where a ratio is 0 or not finite.
+    - `trust_ratios.csv`: a column `step`, counted in updates, and a column of
+        ratios for each variable, named by its path. Ratios have no unit. Each
+        row is on disk once it is recorded. A `fit` that begins at a step above
+        0, as in a resumed job, keeps the rows up to that step and appends to
+        them. If they belong to other variables, the table starts anew.
+    - TensorBoard events, one file per `fit`: scalars `trust_ratio/<path>` and
+        a histogram `log10_trust_ratio` over all variables.
+    - `trust_ratios.png`, when training ends: the whole table as a heat map. A
+        ratio of 0 and one that is not finite are grey.
 
     Variables that are not adapted have a constant ratio and are left out.
-    Under Horovod pass it on rank 0 alone: ratios are the same on all ranks.
+    Under Horovod pass this callback on rank 0 only, because all ranks have
+    the same ratios.
 
     Args:
         log_dir: String or `os.PathLike`, the folder to write to.
-        every_n_steps: Integer >= 1, in updates. With `steps_per_execution`
-            the first step seen past a multiple is recorded. Defaults to `100`.
+        every_n_steps: Integer >= 1, the updates from one row to the next. With
+            `steps_per_execution` a multiple may be inside an execution, and
+            the row is recorded after it. Defaults to `100`.
 
     Raises:
-        ValueError: If an argument is out of its range; when training begins,
-            if the optimizer is not LARS; after the first batch, if LARS adapts
-            no variable.
-        ImportError: If a package to write with is not installed.
+        ValueError: If an argument is out of its range, when training begins
+            with another optimizer than LARS, or after the first batch if LARS
+            adapts no variable.
+        ImportError: If TensorFlow, TensorBoard or Matplotlib is not installed.
 
     Example:
 
@@ -64,20 +66,8 @@ class TrustRatioLogger(keras.callbacks.Callback):
 
     def __init__(self, log_dir, every_n_steps=100):
         super().__init__()
-        if not isinstance(log_dir, (str, os.PathLike)) or not str(log_dir):
-            raise ValueError(
-                "Argument `log_dir` must be a non-empty string or a path. "
-                f"Received: log_dir={log_dir!r}"
-            )
-        if (
-            isinstance(every_n_steps, bool)
-            or not isinstance(every_n_steps, int)
-            or every_n_steps < 1
-        ):
-            raise ValueError(
-                "Argument `every_n_steps` must be an integer 1 or more. "
-                f"Received: every_n_steps={every_n_steps!r}"
-            )
+        check_path("log_dir", log_dir)
+        check_integer("every_n_steps", every_n_steps, at_least=1)
         packages = ("tensorflow", "tensorboard", "matplotlib")
         missing = [p for p in packages if importlib.util.find_spec(p) is None]
         if missing:
@@ -95,17 +85,17 @@ class TrustRatioLogger(keras.callbacks.Callback):
         self._events = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        # Not in `on_train_begin`: a callback later in the list may restore the
-        # optimizer there.
+        # Later than `on_train_begin`, where another callback may restore the
+        # optimizer.
         if self._step is None:
             self._seen(int(self._lars().iterations))
 
     def on_train_batch_end(self, batch, logs=None):
         if self._events is None:
-            # Not before: until then the optimizer may not be built.
+            # The first batch may be what builds the optimizer.
             self._open()
-        # Reading the counter waits for the device and, on JAX, moves the whole
-        # state, so it is read only when a multiple can have been reached.
+        # Reading the counter waits for the device and copies all state on JAX.
+        # So it is read only when the step may have passed a multiple.
         self._batches_to_wait -= self._batches_per_call
         if self._batches_to_wait > 0:
             return
@@ -120,15 +110,17 @@ class TrustRatioLogger(keras.callbacks.Callback):
         self._events.close()
         header, rows = _read_table(self._table)
         if rows:
-            picture = self._table.with_suffix(".png")
-            table = np.array(rows, "float64")
-            _draw(header[1:], table, self._every_n_steps, picture)
+            _heat_map.draw(
+                header[1:],
+                np.array(rows, "float64"),
+                self._every_n_steps,
+                self._table.with_suffix(".png"),
+            )
 
     def _lars(self):
-        # On JAX, Keras's `self.model` first puts the state of the training
-        # loop back into the variables.
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        # On JAX, Keras's `self.model` first copies the state of the training
+        # loop into the variables.
+        optimizer = innermost(self.model.optimizer)
         if not isinstance(optimizer, LARS):
             raise ValueError(
                 "TrustRatioLogger needs a model that was compiled with LARS. "
@@ -146,9 +138,7 @@ class TrustRatioLogger(keras.callbacks.Callback):
         import tensorflow as tf
 
         optimizer = self._lars()
-        paths, ratios = optimizer._unique_paths, optimizer._trust_ratios
-        named = zip(paths, ratios, strict=True)
-        adapted = {path: ratio for path, ratio in named if ratio is not None}
+        adapted = optimizer.trust_ratio_variables()
         if not adapted:
             raise ValueError(
                 "TrustRatioLogger has nothing to record, because LARS adapts "
@@ -164,7 +154,7 @@ class TrustRatioLogger(keras.callbacks.Callback):
         self._write_events = _events_function(self._events, adapted)
 
     def _record(self, step):
-        # Stacked first, because each read waits for the device.
+        # Each read waits for the device, so stack all ratios first.
         stacked = ops.stack([ratio.value for ratio in self._ratios])
         ratios = ops.convert_to_numpy(stacked)
         with self._table.open("a", newline="") as file:
@@ -173,23 +163,21 @@ class TrustRatioLogger(keras.callbacks.Callback):
 
 
 def _start_table(path, header, step):
-    """Writes the header and, where it was the same, the rows up to `step`."""
+    """Writes the header, and keeps the rows up to `step` of the same header."""
     old_header, rows = _read_table(path)
-    part = path.with_name(f".part-{path.name}")
-    with part.open("w", newline="") as file:
+    with written_atomically(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         if old_header == header:
             writer.writerows(row for row in rows if int(row[0]) <= step)
-    os.replace(part, path)
 
 
 def _read_table(path):
-    """Returns the header and the rows as strings; `[]` where there are none."""
+    """Returns the header and the rows as strings; `[]` if there are none."""
     if not path.exists():
         return [], []
     with path.open(newline="") as file:
-        # A job killed while it wrote leaves a last line without an end.
+        # A job that was killed may leave half a line at the end.
         lines = list(csv.reader(line for line in file if line.endswith("\n")))
     return (lines[0], lines[1:]) if lines else ([], [])
 
@@ -201,11 +189,11 @@ def _events_function(events, paths):
     step_spec = tf.TensorSpec((), tf.int64)
     ratios_spec = tf.TensorSpec((len(paths),), tf.float32)
 
-    # Traced, because outside a graph each scalar takes 0.2 ms.
+    # Outside a graph each scalar takes 0.2 ms.
     @tf.function(input_signature=[step_spec, ratios_spec], autograph=False)
     def write(step, ratios):
-        # Keras's TensorBoard callback holds back the summaries of everyone
-        # between its own steps: `record_if` undoes that.
+        # Keras's TensorBoard callback turns all summaries off between its own
+        # steps. `record_if` turns these on again.
         with events.as_default(step), tf.summary.record_if(True):
             for path, ratio in zip(paths, tf.unstack(ratios), strict=True):
                 tf.summary.scalar(f"trust_ratio/{path}", ratio)
@@ -215,41 +203,3 @@ def _events_function(events, paths):
             )
 
     return write
-
-
-def _draw(labels, table, every_n_steps, path):
-    """Draws a PNG of ratios over layers, the input side on top, and steps."""
-    import matplotlib.colors
-    import matplotlib.figure
-
-    steps, ratios = table[:, 0], table[:, 1:].T
-    usable = np.isfinite(ratios) & (ratios > 0)
-    middles = (steps[1:] + steps[:-1]) / 2
-    half = every_n_steps / 2
-    height = 2.0 + 0.16 * min(len(labels), MAX_LABELS)
-    width = 6.5 + 0.07 * max(map(len, labels))
-    figure = matplotlib.figure.Figure((width, height), layout="constrained")
-    axes = figure.subplots()
-    image = axes.pcolormesh(
-        [steps[0] - half, *middles, steps[-1] + half],
-        np.arange(len(labels) + 1),
-        np.ma.masked_where(~usable, ratios),
-        # It refuses a table of which nothing is usable.
-        norm=matplotlib.colors.LogNorm() if usable.any() else None,
-    )
-    axes.set_facecolor("0.8")
-    axes.invert_yaxis()
-    axes.set_xlabel("step")
-    rows = np.arange(0, len(labels), math.ceil(len(labels) / MAX_LABELS))
-    axes.set_yticks(rows + 0.5, [labels[row] for row in rows], fontsize=7)
-    # On top, where it is in sight however tall the picture is.
-    figure.colorbar(
-        image,
-        location="top",
-        aspect=40,
-        pad=0.2 / height,
-        label="trust ratio",
-    )
-    part = path.with_name(f".part-{path.name}")
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, path)

@@ -5,14 +5,19 @@ import math
 import keras
 from keras import ops
 
+from keras_lars._checks import check_choice
+from keras_lars._checks import check_range
+
+SCALING_RULES = ("linear", "sqrt")
+
 
 @keras.saving.register_keras_serializable(package="keras_lars")
 class WarmupPolynomialDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """Warm-up to a peak, then polynomial decay: the schedule of LARS's runs.
+    """Warm-up to a peak, then polynomial decay, as in published LARS runs.
 
-    Over the first `warmup_steps` steps the rate goes from
-    `warmup_start_learning_rate` to `peak_learning_rate`, then down to
-    `end_learning_rate` at `total_steps`, where it stays.
+    Over the first `warmup_steps` steps the rate rises from
+    `warmup_start_learning_rate` to `peak_learning_rate`. Then it falls to
+    `end_learning_rate` at `total_steps`, and stays there.
 
     Args:
         peak_learning_rate: Float >= 0, the rate when the warm-up ends.
@@ -21,13 +26,16 @@ class WarmupPolynomialDecay(keras.optimizers.schedules.LearningRateSchedule):
             the warm-up. Defaults to `0`.
         warmup_start_learning_rate: Float >= 0, the rate at step 0 of a
             warm-up. Defaults to `0.0`.
-        warmup_power: Float > 0; 1 is a linear warm-up. Defaults to `1.0`.
-        end_learning_rate: Float >= 0. Defaults to `0.0`.
-        power: Float > 0, of the decay. Defaults to `2.0`, the paper's.
-        rebase: Whether the decay starts at the peak when the warm-up ends,
-            as MLPerf's reference does. Otherwise it is the decay of a run
-            without warm-up, from step 0, so that the rate falls to below the
-            peak when the warm-up ends. Defaults to `True`.
+        warmup_power: Float > 0, the power of the warm-up. 1 makes it linear.
+            Defaults to `1.0`.
+        end_learning_rate: Float >= 0, the rate from `total_steps` on.
+            Defaults to `0.0`.
+        power: Float > 0, the power of the decay. Defaults to `2.0`, as in the
+            paper.
+        rebase: Whether the decay starts when the warm-up ends, as in MLPerf's
+            reference. Otherwise it starts at step 0, as without a warm-up, and
+            the rate drops below the peak when the warm-up ends. Defaults to
+            `True`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -55,36 +63,13 @@ class WarmupPolynomialDecay(keras.optimizers.schedules.LearningRateSchedule):
         name="WarmupPolynomialDecay",
     ):
         super().__init__()
-        for argument, value in (
-            ("peak_learning_rate", peak_learning_rate),
-            ("warmup_start_learning_rate", warmup_start_learning_rate),
-            ("end_learning_rate", end_learning_rate),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(
-                    f"Argument `{argument}` must be a finite number 0 or "
-                    f"more. Received: {argument}={value}"
-                )
-        for argument, value in (
-            ("warmup_power", warmup_power),
-            ("power", power),
-        ):
-            if not 0 < value < math.inf:
-                raise ValueError(
-                    f"Argument `{argument}` must be a finite number above 0. "
-                    f"Received: {argument}={value}"
-                )
-        if not total_steps > 0:
-            raise ValueError(
-                "Argument `total_steps` must be above 0. "
-                f"Received: total_steps={total_steps}"
-            )
-        if not 0 <= warmup_steps < total_steps:
-            raise ValueError(
-                "Argument `warmup_steps` must be 0 or more and below "
-                f"total_steps={total_steps}. "
-                f"Received: warmup_steps={warmup_steps}"
-            )
+        check_range("peak_learning_rate", peak_learning_rate)
+        check_range("warmup_start_learning_rate", warmup_start_learning_rate)
+        check_range("end_learning_rate", end_learning_rate)
+        check_range("warmup_power", warmup_power, positive=True)
+        check_range("power", power, positive=True)
+        check_range("total_steps", total_steps, positive=True)
+        check_range("warmup_steps", warmup_steps, below=total_steps)
         self.peak_learning_rate = peak_learning_rate
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
@@ -131,9 +116,9 @@ def scale_learning_rate(base, batch_size, base_batch_size, rule="linear"):
     """Returns the learning rate for another batch size.
 
     Args:
-        base: Float, the rate that suits `base_batch_size`.
+        base: Float, the rate for `base_batch_size`.
         batch_size: Integer > 0, the global batch to scale to.
-        base_batch_size: Integer > 0.
+        base_batch_size: Integer > 0, the global batch to scale from.
         rule: `"linear"` multiplies by the ratio of the batch sizes (Goyal et
             al., 2017), `"sqrt"` by its square root (Krizhevsky, 2014).
             Defaults to `"linear"`.
@@ -152,19 +137,9 @@ def scale_learning_rate(base, batch_size, base_batch_size, rule="linear"):
         - [Goyal et al., 2017](https://arxiv.org/abs/1706.02677), Section 2.1
         - [Krizhevsky, 2014](https://arxiv.org/abs/1404.5997), Section 5
     """
-    for argument, value in (
-        ("batch_size", batch_size),
-        ("base_batch_size", base_batch_size),
-    ):
-        if not value > 0:
-            raise ValueError(
-                f"Argument `{argument}` must be above 0. "
-                f"Received: {argument}={value}"
-            )
-    if rule == "linear":
-        return base * batch_size / base_batch_size
+    check_range("batch_size", batch_size, positive=True)
+    check_range("base_batch_size", base_batch_size, positive=True)
+    check_choice("rule", rule, SCALING_RULES)
     if rule == "sqrt":
         return base * math.sqrt(batch_size / base_batch_size)
-    raise ValueError(
-        f'Argument `rule` must be "linear" or "sqrt". Received: rule={rule!r}'
-    )
+    return base * batch_size / base_batch_size
