@@ -136,7 +136,7 @@ bench: .venv/done
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
 	$(BIN)/python -m benchmarks.photos
-	$(BIN)/python -m benchmarks.speed.bench
+	$(BIN)/python -m benchmarks.report
 
 ## clean           delete all that these targets have made
 clean:

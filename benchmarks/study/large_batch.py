@@ -123,8 +123,18 @@ def rounded(rate):
     return float(f"{rate:.3g}")
 
 
-def study(setting, workers, path):
-    """Trains the runs that the file at `path` lacks, and adds each."""
+def study(setting, executor, path, train=train):
+    """Trains the runs that the file at `path` lacks, and adds each.
+
+    Args:
+        setting: A `Setting`.
+        executor: A `concurrent.futures.Executor`, for runs at the same time.
+        path: The JSON file.
+        train: Function of a run and the setting that returns the result.
+
+    Returns:
+        Dict `{run: result}` of all runs.
+    """
     results = read_results(path, setting)
     chains = [
         runs_of_chain(network, recipe, setting)
@@ -135,30 +145,29 @@ def study(setting, workers, path):
     progress = keras.utils.Progbar(
         cells * (setting.tries + setting.seeds - 1), unit_name="run"
     )
-    with pool(workers) as executor:
-        waiting = {}
+    waiting = {}
 
-        def advance(chain, result):
-            """Starts the chain's next run that has no result."""
-            while (run := next_of(chain, result)) is not None:
-                result = results.get(run)
-                if result is None:
-                    waiting[executor.submit(train, run, setting)] = chain, run
-                    return
+    def advance(chain, result):
+        """Starts the chain's next run that has no result."""
+        while (run := next_of(chain, result)) is not None:
+            result = results.get(run)
+            if result is None:
+                waiting[executor.submit(train, run, setting)] = chain, run
+                return
 
-        for chain in chains:
-            advance(chain, None)
-        progress.update(len(results))
-        while waiting:
-            done, _ = concurrent.futures.wait(
-                waiting, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
-                chain, run = waiting.pop(future)
-                results[run] = future.result()
-                write_results(path, setting, results)
-                progress.update(len(results))
-                advance(chain, results[run])
+    for chain in chains:
+        advance(chain, None)
+    progress.update(len(results))
+    while waiting:
+        done, _ = concurrent.futures.wait(
+            waiting, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        for future in done:
+            chain, run = waiting.pop(future)
+            results[run] = future.result()
+            write_results(path, setting, results)
+            progress.update(len(results))
+            advance(chain, results[run])
     return results
 
 
@@ -255,7 +264,7 @@ def cell(results, setting):
     }
 
 
-def repeat(name, setting, workers, path):
+def repeat(name, setting, executor, path):
     """Trains a cell's seeds again, and exits with 1 if the mean differs."""
     try:
         network, recipe, batch = name.split(",")
@@ -270,11 +279,10 @@ def repeat(name, setting, workers, path):
         sys.exit(f"error: {path} has no complete cell {name}")
     (first,) = found
     runs = [Run(*place, first["rate"], seed) for seed in range(setting.seeds)]
-    with pool(workers) as executor:
-        again = [
-            result["test_top1"]
-            for result in executor.map(train, runs, [setting] * len(runs))
-        ]
+    again = [
+        result["test_top1"]
+        for result in executor.map(train, runs, [setting] * len(runs))
+    ]
     spread = max(first["top1"]) - min(first["top1"])
     difference = abs(statistics.mean(again) - statistics.mean(first["top1"]))
     print(f"{place}: {first['top1']}, again: {again}")
@@ -402,13 +410,15 @@ def main():
     )
     path = options.output or pathlib.Path(output)
     if options.again:
-        repeat(options.again, setting, options.workers, path)
+        with pool(options.workers) as executor:
+            repeat(options.again, setting, executor, path)
         return
     if options.report:
         results = read_results(path, setting)
     else:
         fashion_mnist.fetch()
-        results = study(setting, options.workers, path)
+        with pool(options.workers) as executor:
+            results = study(setting, executor, path)
     cells = cells_of(results, setting)
     print_report(cells)
     draw(cells, options.picture or picture)

@@ -1,12 +1,10 @@
 """The large-batch study, in small: its recipes, its search, its resuming."""
 
+import concurrent.futures
 import dataclasses
-import gzip
 import json
-import os
 import pathlib
 import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -14,14 +12,14 @@ import pytest
 
 from benchmarks.study import fashion_mnist
 from benchmarks.study import large_batch
-from benchmarks.study import large_batch_report
-from benchmarks.study import large_batch_run
-from benchmarks.study.large_batch_run import NETWORKS
-from benchmarks.study.large_batch_run import RECIPES
-from benchmarks.study.large_batch_run import SETTINGS
-from benchmarks.study.large_batch_run import MicroBatches
-from benchmarks.study.large_batch_run import Run
-from benchmarks.study.large_batch_run import Setting
+from benchmarks.study import training
+from benchmarks.study.training import NETWORKS
+from benchmarks.study.training import RECIPES
+from benchmarks.study.training import SETTINGS
+from benchmarks.study.training import MicroBatches
+from benchmarks.study.training import Run
+from benchmarks.study.training import Setting
+from tests.benchmarks.small_data import write_fashion_mnist
 
 TINY = Setting(
     batches=(256, 512),
@@ -89,14 +87,14 @@ def test_rates_of_a_chain_follow_the_batch():
 def test_sgd_is_that_of_keras():
     """With one layer and no bias, so that the decay can be in the loss."""
     run = Run("alexnet", "sgd", 256, 0.1, 0)
-    optimizer, _ = large_batch_run.make_optimizer(run, TINY)
+    optimizer, _ = training.make_optimizer(run, TINY)
     weight = keras.Variable(np.ones((2, 3), "float32"))
     same = keras.Variable(np.ones((2, 3), "float32"))
-    sgd = keras.optimizers.SGD(0.1, momentum=large_batch_run.MOMENTUM)
+    sgd = keras.optimizers.SGD(0.1, momentum=training.MOMENTUM)
     rng = np.random.default_rng(0)
     for _ in range(3):
         gradient = rng.normal(size=(2, 3)).astype("float32")
-        decay = large_batch_run.WEIGHT_DECAY * np.array(same)
+        decay = training.WEIGHT_DECAY * np.array(same)
         optimizer.apply([gradient], [weight])
         sgd.apply([gradient + decay], [same])
     np.testing.assert_allclose(weight, same, rtol=1e-6)
@@ -106,7 +104,7 @@ def test_sgd_is_that_of_keras():
 def test_rate_warms_up_and_counts_updates():
     setting = dataclasses.replace(TINY, epochs=10, warmup_epochs=2)
     run = Run("alexnet", "lars", 512, 8.0, 0)
-    optimizer, updates = large_batch_run.make_optimizer(run, setting)
+    optimizer, updates = training.make_optimizer(run, setting)
     assert updates == 20
     variable = keras.Variable(np.ones((2, 2), "float32"))
     rates = []
@@ -136,7 +134,7 @@ def test_tensorflow_reads_the_same_batches_and_does_not_tune():
     """A sleeping tuner held up the end of many trainings by half a minute."""
     images = np.arange(512, dtype="float32").reshape(-1, 1, 1, 1)
     batches = MicroBatches(images, np.arange(512) % 10, 3, seed=1)
-    dataset = large_batch_run.without_autotuning(batches)
+    dataset = training.without_autotuning(batches)
     assert dataset.options().autotune.enabled is False
     assert int(dataset.cardinality()) == 3
     for found, expected in zip(dataset, batches, strict=True):
@@ -148,12 +146,12 @@ def test_a_diverged_network_has_a_top1_of_0():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3)])
     model.set_weights([np.eye(3), np.zeros(3)])
     labels = np.array([0, 1, 2])
-    assert large_batch_run.top1(model, np.eye(3)[[0, 1, 1]], labels) == 66.67
+    assert training.top1(model, np.eye(3)[[0, 1, 1]], labels) == 66.67
     model.set_weights([np.eye(3), np.full(3, np.nan)])
-    assert large_batch_run.top1(model, np.eye(3), labels) == 0.0
+    assert training.top1(model, np.eye(3), labels) == 0.0
 
 
-def test_study_goes_on_where_it_was(monkeypatch, tmp_path):
+def test_stopped_study_resumes(tmp_path):
     trained = []
 
     def train(run, setting):
@@ -167,32 +165,20 @@ def test_study_goes_on_where_it_was(monkeypatch, tmp_path):
             "test_top1": top1,
         }
 
-    class Now:
-        """Runs at once what is submitted."""
+    def study():
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            large_batch.study(TINY, executor, path, train)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, function, *arguments):
-            future = large_batch.concurrent.futures.Future()
-            future.set_result(function(*arguments))
-            return future
-
-    monkeypatch.setattr(large_batch, "train", train)
-    monkeypatch.setattr(large_batch, "pool", lambda _: Now())
     path = tmp_path / "results.json"
     stop_after = 30
     with pytest.raises(KeyboardInterrupt):
-        large_batch.study(TINY, 1, path)
+        study()
     kept = json.loads(path.read_text())["runs"]
     assert 10 < len(kept) < 30
 
     stop_after = None
     before = len(trained)
-    large_batch.study(TINY, 1, path)
+    study()
     all_runs = 2 * 4 * 2 * (2 + 1)
     assert len(trained) - before == all_runs - len(kept)
     found = json.loads(path.read_text())
@@ -230,28 +216,25 @@ CELL = {
 
 def test_table_and_picture(tmp_path):
     cells = [CELL, CELL | {"recipe": "sgd", "rate_at_the_edge": True}]
-    assert large_batch_report.table(cells, "alexnet").splitlines()[2] == (
+    assert large_batch.markdown(cells, "alexnet").splitlines()[2] == (
         "| 256 | 4 | 89.75 (89.0 to 90.5) at 2* | not run | "
         "89.75 (89.0 to 90.5) at 2 | not run |"
     )
     path = tmp_path / "picture.png"
-    large_batch_report.draw(cells, path)
+    large_batch.draw(cells, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_page_has_the_tables_of_the_results(setting):
-    docs = pathlib.Path(__file__).parents[2] / "docs"
+def test_committed_cells_are_those_of_the_runs(setting):
+    results = pathlib.Path(__file__).parents[2] / "docs/results"
     name = "large_batch" if setting == "full" else "large_batch_small"
-    path = docs / "results" / f"{name}.json"
-    results = large_batch.read_results(path, SETTINGS[setting])
-    cells = large_batch.cells_of(results, SETTINGS[setting])
+    path = results / f"{name}.json"
+    runs = large_batch.read_results(path, SETTINGS[setting])
+    cells = large_batch.cells_of(runs, SETTINGS[setting])
     assert cells == json.loads(path.read_text())["cells"]
-    page = (docs / "large_batch.md").read_text()
     batches = SETTINGS[setting].batches
     assert len(cells) == len(NETWORKS) * len(RECIPES) * len(batches)
-    for network in NETWORKS:
-        assert large_batch_report.table(cells, network) in page
 
 
 def test_results_of_another_setting_are_refused(tmp_path):
@@ -262,75 +245,30 @@ def test_results_of_another_setting_are_refused(tmp_path):
         large_batch.read_results(path, dataclasses.replace(TINY, epochs=2))
 
 
-@pytest.fixture
-def written_files(monkeypatch, tmp_path):
-    """Three images to train and two to test, as IDX files that are there."""
-    folder = tmp_path / "fashion_mnist_files"
-    folder.mkdir()
-    for part, count in (("train", 3), ("t10k", 2)):
-        for kind, offset, size in (
-            ("images-idx3", 16, 784),
-            ("labels-idx1", 8, 1),
-        ):
-            content = bytes(offset) + bytes(range(count)) * size
-            path = folder / f"{part}-{kind}-ubyte.gz"
-            path.write_bytes(gzip.compress(content))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-
-
-def test_fashion_mnist_is_read_from_its_files(written_files):
+def test_fashion_mnist_is_read_from_its_files(data_folder):
+    expected = write_fashion_mnist(data_folder)
     (images, labels), (test_images, test_labels) = fashion_mnist.load()
-    assert images.shape == (3, 28, 28, 1)
-    assert test_images.shape == (2, 28, 28, 1)
-    assert images.ravel()[:4].tolist() == [0, 1, 2, 0]
-    assert labels.tolist() == [0, 1, 2]
-    assert test_labels.tolist() == [0, 1]
+    assert images.shape == test_images.shape == (1024, 28, 28, 1)
+    for found in (labels, test_labels, images[:, 27, 0, 0] // 25):
+        np.testing.assert_array_equal(found, expected)
 
 
-def test_fashion_mnist_says_where_to_get_it(monkeypatch, tmp_path):
+def test_fashion_mnist_says_where_to_get_it(monkeypatch, data_folder):
     def fail(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(keras.utils, "get_file", fail)
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(OSError, match="no network; and no network"):
         fashion_mnist.fetch()
-    # Nothing is left that would be taken for the files.
-    assert list(tmp_path.iterdir()) == []
-
-
-SCRIPT = """
-import sys
-import numpy as np
-from benchmarks.study import large_batch_run
-
-labels = np.random.default_rng(0).integers(0, 10, 512).astype("uint8")
-images = np.ones((512, 28, 28, 1)) * labels[:, None, None, None] / 5 - 1
-parts = dict.fromkeys(("training", "validation", "test"), (images, labels))
-large_batch_run.data = lambda _: parts
-setting = large_batch_run.Setting((512,), 40, 0, 512, 1, 1)
-run = large_batch_run.Run(sys.argv[1], "sgd_linear", 512, 0.1, 1)
-for _ in range(2):
-    print(large_batch_run.train(run, setting)["test_top1"])
-"""
-# As on a machine that has no TensorFlow.
-NO_TENSORFLOW = "import sys; sys.modules['tensorflow'] = None"
+    # Nothing is left that looks like the files.
+    assert list(data_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_a_run_learns_and_repeats(backend, network):
-    first = NO_TENSORFLOW if backend == "jax" else ""
-    result = subprocess.run(
-        [sys.executable, "-c", first + SCRIPT, network],
-        capture_output=True,
-        env=os.environ | {"KERAS_BACKEND": backend},
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    top1, again = map(float, result.stdout.split())
-    assert top1 == again
-    assert top1 > 30
+def test_a_run_learns(network, data_folder):
+    """Without TensorFlow: `without_tensorflow_test`."""
+    write_fashion_mnist(data_folder)
+    setting = Setting((512,), 20, 0, 1024, 1, 1)
+    run = Run(network, "sgd_linear", 512, 0.1, 1)
+    assert training.train(run, setting)["test_top1"] > 30

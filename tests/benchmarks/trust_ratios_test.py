@@ -1,4 +1,4 @@
-"""The benchmark of norm ratios, in small, beside NumPy by hand."""
+"""The study of norm ratios, in small, compared with NumPy."""
 
 import dataclasses
 import math
@@ -7,10 +7,12 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks.study import large_batch_run
+from benchmarks.study import training
 from benchmarks.study import trust_ratios
 from horovod_recipes.models.alexnet import alexnet
 from keras_lars import LARS
+from tests.benchmarks.small_data import write_fashion_mnist
+from tests.benchmarks.small_data import write_photos
 
 KERNEL = np.array([[0.3, -0.4], [0.0, 1.2]], "float32")
 BIAS = np.array([0.5, -0.5], "float32")
@@ -58,14 +60,11 @@ def test_norm_ratio_follows_from_the_trust_ratio_of_lars():
     assert ratios == pytest.approx([5 / 0.5], rel=1e-5)
 
 
-def test_course_has_the_ratio_of_every_update(monkeypatch):
+def test_course_has_the_ratio_of_every_update(data_folder):
     """At a rate that moves nothing, each is that of the whole first batch."""
-    labels = np.random.default_rng(0).integers(0, 10, 1024).astype("uint8")
-    images = np.ones((1024, 28, 28, 1)) * labels[:, None, None, None] / 5 - 1
-    parts = dict.fromkeys(("training", "validation", "test"), (images, labels))
-    monkeypatch.setattr(large_batch_run, "data", lambda _: parts)
+    write_fashion_mnist(data_folder)
     setting = dataclasses.replace(
-        large_batch_run.SETTINGS["full"],
+        training.SETTINGS["full"],
         epochs=2,
         warmup_epochs=0,
         training_images=1024,
@@ -75,30 +74,17 @@ def test_course_has_the_ratio_of_every_update(monkeypatch):
     assert result["updates"] == 2
     assert list(ratios) == list(trust_ratios.LAYERS)
 
-    model = large_batch_run.small_alexnet(run.seed)
-    _, lines = trust_ratios.first_step(model, images, labels)
+    model = training.small_alexnet(run.seed)
+    batch = training.data(1024)["training"]
+    _, lines = trust_ratios.first_step(model, *batch)
     expected = [x["ratio"] for x in lines if x["kind"] == "kernel"]
     assert len(set(np.round(expected, 3))) == len(expected)
     for values, ratio in zip(ratios.values(), expected, strict=True):
         assert values == pytest.approx([ratio, ratio], rel=1e-3)
 
 
-@pytest.fixture
-def written_photos(monkeypatch, tmp_path):
-    """Two grey images, of classes 7 and 990."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for name, grey in (("imagenet_00_7", 0), ("imagenet_01_990", 255)):
-        image = np.full((300, 300, 3), grey, "uint8")
-        keras.utils.save_img(folder / f"{name}.jpg", image, scale=False)
-    monkeypatch.setattr(
-        trust_ratios.photos,
-        "fetch",
-        lambda: sorted(folder.glob("imagenet_*.jpg")),
-    )
-
-
-def test_photos_are_cropped_as_the_recipe_does(written_photos):
+def test_photos_are_cropped_as_the_recipe_does(data_folder):
+    write_photos(data_folder)
     images, labels = trust_ratios.photo_batch()
     assert images.shape == (2, 227, 227, 3)
     assert images.dtype == "uint8"

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 from benchmarks.speed import allreduce
+from benchmarks.speed import callbacks
 from benchmarks.speed import scaling
 from benchmarks.speed import xla_step
 
@@ -53,12 +54,20 @@ def test_xla_step_compares_the_two():
     assert lines[1]["images_per_second"][0] > 0
 
 
+def test_callbacks_are_timed_on_rank_0():
+    steps, seconds = callbacks.measure(network(), micro_batch=2, steps=3)
+    assert len(steps) == len(seconds["ReplicaCheck"]) == 3
+    # The other rank does not log.
+    assert len(seconds["TrustRatioLogger"]) == (3 if hvd.rank() == 0 else 0)
+    assert min(steps + seconds["ReplicaCheck"]) > 0
+
+
 def test_speeds_of_ranks_together_apart_and_alone():
     calls = {"all": 0, "alone": 0}
 
     def update(kind):
         calls[kind] += 1
-        # The slowest rank's time counts, where it takes part.
+        # The time of the slowest rank that takes part counts.
         time.sleep(0.05 + 0.2 * hvd.rank())
 
     found = scaling.speeds(
@@ -68,7 +77,7 @@ def test_speeds_of_ranks_together_apart_and_alone():
         rounds=3,
     )
     assert calls == {"all": 3, "alone": 3 if hvd.rank() else 6}
-    # 10 images a rank, in 0.25 s at least; rank 0 alone needs 0.05 s.
+    # 10 images per rank in at least 0.25 s; rank 0 alone needs 0.05 s.
     for kind, most in {"all": 80, "apart": 80, "alone": 200}.items():
         assert len(found[kind]) == 3
         assert 0 < max(found[kind]) <= most
