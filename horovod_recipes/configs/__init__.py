@@ -1,1 +1,1 @@
-"""The packaged configs: `--config=NAME` is the file NAME.py of this folder."""
+"""The packaged configs: `--config=NAME` loads NAME.py from this folder."""

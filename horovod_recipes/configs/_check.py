@@ -1,4 +1,4 @@
-"""Checks of a config, before anything starts."""
+"""Checks of a config, made before anything starts."""
 
 from horovod_recipes.data.augmentations import AUGMENTATIONS
 from horovod_recipes.errors import JobError
@@ -6,7 +6,7 @@ from horovod_recipes.models import MODELS
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("lars", "sgd")
-# The keys that are numbers of 1 or more.
+# Keys whose values must be 1 or more.
 COUNTS = (
     "dataset.num_classes",
     "dataset.train_examples",
@@ -53,13 +53,25 @@ KEYS = COUNTS + (
 
 
 def check_config(config):
-    """Raises `JobError` where a key is missing or a value out of its range."""
+    """Raises `JobError` if a key is missing or a value is not valid."""
     for key in KEYS:
         _value(config, key)
+    _check_numbers(config)
+    _check_choices(config)
+    _check_combinations(config)
+
+
+def _check_numbers(config):
     for key in COUNTS:
         if _value(config, key) < 1:
             raise JobError(
                 f"{key} must be 1 or more, but is {_value(config, key)}"
+            )
+    for key in ("dataset.image_size", "dataset.threads"):
+        if _value(config, key) is not None and _value(config, key) < 1:
+            raise JobError(
+                f"{key} must be 1 or more, or None, but is "
+                f"{_value(config, key)}"
             )
     if not 0 <= config.schedule.warmup_epochs < config.epochs:
         raise JobError(
@@ -71,6 +83,19 @@ def check_config(config):
             "label_smoothing must be 0 or more and below 1, but is "
             f"{config.label_smoothing}"
         )
+    if config.keep_best_checkpoints < 0:
+        raise JobError(
+            "keep_best_checkpoints must be 0 or more, but is "
+            f"{config.keep_best_checkpoints}"
+        )
+    if config.target_top1 is not None and not 1 <= config.target_top1 <= 100:
+        raise JobError(
+            "target_top1 must be from 1 to 100, in percent, but is "
+            f"{config.target_top1}"
+        )
+
+
+def _check_choices(config):
     for key, choices in (
         ("model.name", MODELS),
         ("dataset.augmentation", AUGMENTATIONS),
@@ -83,34 +108,23 @@ def check_config(config):
                 f"{key} must be one of {', '.join(choices)}, but is "
                 f"{_value(config, key)}"
             )
+
+
+def _check_combinations(config):
     if config.dataset.service and config.dataset.corrupt_images == "skip":
         raise JobError(
-            "dataset.corrupt_images=skip counts what it skips in the rank's "
-            "own process, where a dataset.service does not decode; use stop"
+            "dataset.corrupt_images=skip does not work with dataset.service, "
+            "whose workers cannot count skipped images; use "
+            "dataset.corrupt_images=stop"
         )
     if config.xla and config.model.get("batch_norm") == "synchronized":
         raise JobError(
             "xla cannot compile the allreduce of "
-            "model.batch_norm=synchronized; use micro_batch, or xla=False"
-        )
-    for key in ("dataset.image_size", "dataset.threads"):
-        if _value(config, key) is not None and _value(config, key) < 1:
-            raise JobError(
-                f"{key} must be 1 or more, or None, but is "
-                f"{_value(config, key)}"
-            )
-    if config.keep_best_checkpoints < 0:
-        raise JobError(
-            "keep_best_checkpoints must be 0 or more, but is "
-            f"{config.keep_best_checkpoints}"
+            "model.batch_norm=synchronized; use "
+            "model.batch_norm=micro_batch, or xla=False"
         )
     if config.stop_at_target and config.target_top1 is None:
         raise JobError("stop_at_target needs target_top1, in percent")
-    if config.target_top1 is not None and not 1 <= config.target_top1 <= 100:
-        raise JobError(
-            "target_top1 must be from 1 to 100, in percent, but is "
-            f"{config.target_top1}"
-        )
 
 
 def _value(config, key):
@@ -125,7 +139,7 @@ def _value(config, key):
 
 
 def check_source(config, source):
-    """Raises `JobError` where the data are not those of the config."""
+    """Raises `JobError` if the dataset does not match the config."""
     dataset = config.dataset
     for key, found in (
         ("num_classes", source.num_classes),
@@ -136,6 +150,6 @@ def check_source(config, source):
             raise JobError(
                 f"the config has dataset.{key}={dataset[key]}, but the "
                 f"dataset {dataset.name!r} on disk has {found}: was an archive "
-                "cut short when it was prepared? If that is what you want: "
+                "cut short when it was prepared? To use it as it is: "
                 f"--config.dataset.{key}={found}"
             )

@@ -1,67 +1,66 @@
-"""The keys of a recipe, with what most recipes have; not one itself.
+"""The default values that recipes start from; not a recipe itself.
 
-A recipe adds model, optimizer, global_batch_size, epochs, and what is not here
-of the dataset and the schedule.
+A recipe adds the model, optimizer, global_batch_size and epochs. It also adds
+the keys of the dataset and the schedule that have no default here.
 """
 
 from ml_collections import config_dict
 
 
 def get_config():
-    """Returns a `ConfigDict` that lacks only what a recipe is about."""
+    """Returns a `ConfigDict` with the default values."""
     config = config_dict.ConfigDict()
-    # Of horovod_recipes.training.tasks.
+    # A name in horovod_recipes.training.tasks.
     config.task = "classification"
     config.dataset = config_dict.create(
-        # None is TFDS's default folder, or TFDS_DATA_DIR.
+        # TFDS's data folder. None means TFDS_DATA_DIR or TFDS's default.
         data_dir=config_dict.placeholder(str),
         train_split="train",
         test_split="test",
-        # In pixels, after the crop; None for the size on disk.
+        # Height and width of the crops in pixels. None keeps the size on disk.
         image_size=config_dict.placeholder(int),
-        # Of horovod_recipes.data.augmentations.
+        # A name in horovod_recipes.data.augmentations.
         augmentation="none",
-        # "stop" names the image and ends the job; "skip" warns and counts.
+        # "stop" ends the job and names the image. "skip" warns and counts.
         corrupt_images="stop",
-        # Encoded images of a rank.
+        # Size of a rank's shuffle buffer, in encoded images.
         shuffle_buffer=16384,
         # Keeps a rank's encoded images in memory after the first epoch.
         cache=False,
         # "grpc://HOST:PORT" of a tf.data service that makes the batches.
         service=config_dict.placeholder(str),
-        # Of the input pipeline of a rank; None for its share of the cores.
+        # Threads of a rank's input pipeline. None means its share of the cores.
         threads=config_dict.placeholder(int),
     )
-    # Images of one rank in one forward and backward pass, at most: what fits
-    # into memory, and what batch norm takes its statistics of.
+    # Largest number of images in one forward pass of one rank.
+    # Memory limits it. Batch norm computes its statistics over a micro-batch.
     config.max_micro_batch_size = 64
     config.seed = 0
-    # Or "mixed_bfloat16", "mixed_float16".
+    # "float32", "mixed_bfloat16" or "mixed_float16".
     config.precision = "float32"
-    # Whether XLA compiles forward and backward pass, and evaluation.
+    # Lets XLA compile the forward and backward passes, and evaluation.
     config.xla = False
-    # Bit-equal results of equal jobs, at some cost of speed.
+    # Makes equal jobs give bit-equal results, but slower.
     config.deterministic = False
     config.label_smoothing = 0.0
-    # Or "sgd": momentum and L2 decay of `optimizer`, no layer-wise adaptation.
+    # "lars" or "sgd". SGD uses the momentum and weight decay of `optimizer`.
     config.optimizer_name = "lars"
     config.schedule = config_dict.create(power=2.0)
     config.evaluate_every_epochs = 1
     config.checkpoint_every_epochs = 1
-    # Of the newest, and of those with the best top-1.
+    # Number of newest checkpoints to keep.
     config.keep_checkpoints = 2
+    # Number of checkpoints with the best top-1 to keep.
     config.keep_best_checkpoints = 1
     config.log_trust_ratios_every_steps = 100
-    # Compares the ranks' weights and optimizer states, and stops where they
-    # differ.
+    # Compares weights and optimizer states of all ranks; stops if they differ.
     config.check_replicas_every_steps = 100
-    # Without progress for so long, as from one batch to the next, a rank ends
-    # the job and names the rank that hangs. More than the first step takes.
+    # A rank without progress for this time ends the job.
+    # The first step must finish within it.
     config.hang_seconds = 600
-    # In percent: summary.json says when it was reached; None for no target.
+    # Top-1 in percent. summary.json says when it was reached.
     config.target_top1 = config_dict.placeholder(float)
     config.stop_at_target = False
-    # In percent, of the source that the recipe names, for summary.json; None if
-    # there is none.
+    # Top-1 in percent that the recipe's source reports, for summary.json.
     config.expected_top1 = config_dict.placeholder(float)
     return config

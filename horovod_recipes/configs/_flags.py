@@ -1,4 +1,4 @@
-"""The flag --config=NAME[:VARIANT] of a job, and changes to its keys."""
+"""The flags --config=NAME[:VARIANT] and --config.KEY=VALUE of a command."""
 
 import pathlib
 import sys
@@ -21,7 +21,7 @@ def define_config(flag_values):
     config_flags.DEFINE_config_file(
         "config",
         None,
-        f"What to train: {CONFIG_CHOICES}. Any key of it can be changed: "
+        f"What to train: {CONFIG_CHOICES}. You can change every key of it: "
         "--config.epochs=10, --config.schedule.power=1.0 and so on.",
         flag_values=flag_values,
     )
@@ -31,7 +31,7 @@ def parse(flag_values, argv):
     """Parses a command line into `flag_values`; returns the config's name.
 
     Raises:
-        JobError: If a flag or a key of the config is unknown or unfit.
+        JobError: If a flag or key is unknown, or if its value is not valid.
     """
     argv = list(argv)
     if "--config" in argv[:-1]:
@@ -40,15 +40,14 @@ def parse(flag_values, argv):
     names = [a.removeprefix("--config=") for a in argv if "--config=" in a]
     if not names:
         raise JobError(f"--config is missing: {CONFIG_CHOICES}")
-    # The config comes before the changes to it, which ml_collections looks for
-    # in `sys.argv`.
+    # ml_collections looks in `sys.argv` for the changes that follow --config.
     argv.remove(f"--config={names[-1]}")
     argv.insert(1, config_flag(names[-1]))
     sys.argv = argv
     try:
         rest = flag_values(argv)[1:]
     except AttributeError as error:
-        # ml_collections wraps a KeyError, whose own text would be a repr.
+        # ml_collections wraps a KeyError. `str` of that would add quotes.
         cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else cause
         raise JobError(f"unknown key of the config: {one_line(text)}") from None
@@ -56,7 +55,7 @@ def parse(flag_values, argv):
         raise JobError(root_cause(error)) from None
     except JobError as error:
         raise JobError(f"--config={names[-1]}: {error}") from None
-    except Exception as error:  # Whatever a config file may raise.
+    except Exception as error:  # A config file can raise any error.
         raise JobError(
             f"cannot load --config={names[-1]}: {type(error).__name__}: "
             f"{root_cause(error)}"
@@ -67,7 +66,7 @@ def parse(flag_values, argv):
 
 
 def config_flag(name):
-    """Returns `--config=` with the path of the config, packaged or not."""
+    """Returns `--config=PATH[:VARIANT]` for a packaged name or a path."""
     stem, colon, variant = name.partition(":")
     for path in (CONFIGS / f"{stem}.py", pathlib.Path(stem)):
         if path.is_file():

@@ -1,21 +1,20 @@
-"""What the ImageNet recipes share; not a recipe itself."""
+"""The values that all ImageNet recipes share; not a recipe itself."""
 
 from ml_collections import config_dict
 
 from horovod_recipes.configs import _defaults
 from horovod_recipes.errors import JobError
 
-# ILSVRC 2012 as TFDS's imagenet2012 has it.
+# Images in the splits of TFDS's imagenet2012, which is ILSVRC 2012.
 TRAIN_EXAMPLES = 1281167
 TEST_EXAMPLES = 50000
 
 
 def get_config():
-    """Returns a `ConfigDict` that lacks model, batch, rate and augmentation.
+    """Returns a `ConfigDict` without model, batch size and learning rate.
 
-    Momentum, weight decay, trust coefficient, the power of the decay and 100
-    epochs are those of all the paper's runs. The paper's decay runs from step
-    0 (its Algorithm 1), below the warm-up.
+    All runs of the LARS paper share the other values here. Its learning rate
+    decays from step 0 (Algorithm 1), also under the warm-up.
     """
     config = _defaults.get_config()
     config.dataset.update(
@@ -26,7 +25,7 @@ def get_config():
         test_examples=TEST_EXAMPLES,
         image_size=224,
         augmentation="minimal",
-        # 450 MB of JPEGs a rank, beside the order of the files.
+        # 450 MB of JPEGs per rank. The order of the files is shuffled too.
         shuffle_buffer=4096,
     )
     config.epochs = 100
@@ -38,15 +37,15 @@ def get_config():
 
 
 def without_lars(config):
-    """Makes the optimizer SGD with momentum and L2 decay, in place.
+    """Changes `config` to SGD with momentum and L2 decay.
 
-    Biases and batch norms are not decayed.
+    Weight decay skips biases and batch norms.
     """
     config.optimizer_name = "sgd"
 
 
 def row(rows, variant):
-    """Returns the row of a table of variants; the error lists them."""
+    """Returns a variant's row; raises `JobError` if the table lacks it."""
     if variant not in rows:
         raise JobError(
             f"unknown variant {variant!r}; the variants are: {', '.join(rows)}"

@@ -1,17 +1,17 @@
-"""AlexNet on ImageNet with LARS, batches of 512 to 32K.
+"""Trains AlexNet on ImageNet with LARS and batches of 512 to 32K.
 
     horovodrun -np 8 python -m horovod_recipes.train --config=alexnet:8k
         --workdir=DIR
 
 Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks
 with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
-1708.03888: its tables of AlexNet, with LARS, and without (`_sgd_best`, the best
-rate that it found). `_sgd` is what it argues against: the rate of batch 512
-scaled linearly, with the same warm-up.
+1708.03888, the tables of AlexNet. Plain variants use LARS. `_sgd_best` uses SGD
+with the best rate that the paper found. `_sgd` is the paper's baseline: SGD,
+with the rate of batch 512 scaled linearly, and the same warm-up.
 
-Hardware: any GPU with 8 GB; 512 images a rank at a time, and as many
-micro-batches as make the batch. Not run at full size here: top-1 is that of
-the source.
+Hardware: any GPU with 8 GB. A micro-batch has up to 512 images; each rank
+accumulates as many as its share of the batch needs. This recipe has not run at
+full size here: the top-1 values are those of the source.
 
 | variant | rate | warm-up epochs | expected top-1, % |
 |---|---|---|---|
@@ -64,8 +64,8 @@ def get_config(variant="8k"):
     if "sgd" in variant:
         _imagenet.without_lars(config)
     else:
-        # Without batch norm, biases diverge at the full rate. With this they
-        # have at batch 512 the rate of SGD, 0.02. The paper does not say what
-        # it did with them.
+        # Without batch norm, biases diverge at the full learning rate.
+        # This scale gives them SGD's rate at batch 512, which is 0.02.
+        # The paper does not state a rate for biases.
         config.optimizer.unadapted_scale = 0.01
     return config

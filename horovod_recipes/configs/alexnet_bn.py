@@ -1,18 +1,19 @@
-"""AlexNet with batch norm on ImageNet with LARS, batches of 512 to 32K.
+"""Trains AlexNet-BN on ImageNet with LARS and batches of 512 to 32K.
 
     horovodrun -np 8 python -m horovod_recipes.train --config=alexnet_bn:16k
         --workdir=DIR
 
 Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks
 with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
-1708.03888: its tables of AlexNet-BN, with LARS, and without (`_sgd_best`, the
-best rate that it found). `_sgd` is what it argues against: the rate of batch
-512 scaled linearly, with the same warm-up.
+1708.03888, the tables of AlexNet-BN, which is AlexNet with batch norm. Plain
+variants use LARS. `_sgd_best` uses SGD with the best rate that the paper found.
+`_sgd` is the paper's baseline: SGD, with the rate of batch 512 scaled linearly,
+and the same warm-up.
 
-Hardware: any GPU with 8 GB; 128 images a rank at a time, of which batch norm
-takes its statistics (of how many the paper did, it does not say), and as many
-micro-batches as make the batch. Not run at full size here: top-1 is that of
-the source.
+Hardware: any GPU with 8 GB. A micro-batch has up to 128 images; each rank
+accumulates as many as its share of the batch needs. Batch norm computes its
+statistics over a micro-batch; the paper does not state its own size. This
+recipe has not run at full size here: the top-1 values are those of the source.
 
 | variant | rate | warm-up epochs | expected top-1, % |
 |---|---|---|---|
@@ -58,7 +59,7 @@ def get_config(variant="8k"):
     config.model = config_dict.create(
         name="alexnet",
         normalization="batch_norm",
-        # Or "synchronized", over the micro-batches of all ranks.
+        # "synchronized" would use the micro-batches of all ranks.
         batch_norm="micro_batch",
         batch_norm_momentum=0.9,
         batch_norm_epsilon=1e-4,

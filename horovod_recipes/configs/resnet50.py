@@ -1,19 +1,20 @@
-"""ResNet-50 v1 on ImageNet with LARS, batches of 256 to 32K.
+"""Trains ResNet-50 v1 on ImageNet with LARS and batches of 256 to 32K.
 
     horovodrun -np 256 -H ... python -m horovod_recipes.train
         --config=resnet50:32k --workdir=DIR
 
 Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks
 with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
-1708.03888: its table of ResNet-50, with minimal augmentation and, `_inception`,
-with that of Inception. `_sgd` is the baseline without LARS: SGD with momentum,
-0.1 for every 256 images and 5 epochs of warm-up, weight decay 1e-4 (Goyal et
-al., arXiv 1706.02677, section 2 and 5.1), minimal augmentation, and the decay
-of the others.
+1708.03888, the table of ResNet-50. Plain variants use minimal augmentation, and
+`_inception` uses Inception's. `_sgd` is the baseline without LARS: SGD with
+momentum, a rate of 0.1 per 256 images, 5 epochs of warm-up and weight decay
+1e-4 (Goyal et al., arXiv 1706.02677, sections 2 and 5.1). It has minimal
+augmentation and the same decay of the rate as the other variants.
 
-Hardware: any GPU with 12 GB; 64 images a rank at a time, of which batch norm
-takes its statistics, and as many micro-batches as make the batch. Not run at
-full size here: top-1 is the source's.
+Hardware: any GPU with 12 GB. A micro-batch has up to 64 images; each rank
+accumulates as many as its share of the batch needs. Batch norm computes its
+statistics over a micro-batch. This recipe has not run at full size here: the
+top-1 values are those of the source.
 
 | variant | rate | warm-up epochs | epochs | expected top-1, % | `_inception` |
 |---|---|---|---|---|---|
@@ -75,11 +76,11 @@ def get_config(variant="32k"):
 
 
 def resnet50(version):
-    """Returns the `model` of a config, with MLPerf's details."""
+    """Returns `config.model` for ResNet-50, with the values of MLPerf."""
     return config_dict.create(
         name="resnet50",
         version=version,
-        # Or "synchronized", over the micro-batches of all ranks.
+        # "synchronized" would use the micro-batches of all ranks.
         batch_norm="micro_batch",
         batch_norm_momentum=0.9,
         batch_norm_epsilon=1e-5,

@@ -1,19 +1,20 @@
-"""ResNet-50 v1.5 to 75.9 % as MLPerf has it, LARS, batches of 4K to 64K.
+"""Trains ResNet-50 v1.5 to MLPerf's 75.9 % with LARS, batches of 4K to 64K.
 
     horovodrun -np 256 -H ... python -m horovod_recipes.train
         --config=resnet50_mlperf:32k --workdir=DIR
 
-Source: the reference convergence points of mlcommons/logging,
-rcp_checker/training_4.0.0/rcps_resnet.json, those of Google. It gives rate,
-warm-up, momentum, weight decay, how many images batch norm spans, and steps of
-decay: at 32K, which converges in 55 to 57 epochs, those of 58 epochs in all; at
-8K and 64K, which converge in more than that, those after the warm-up, so 44 and
-89 epochs in all; at 4K we take them for all, 42 epochs. A job stops when it
-reaches 75.9 %.
+Source: Google's reference convergence points in mlcommons/logging,
+rcp_checker/training_4.0.0/rcps_resnet.json. They give the rate, warm-up,
+momentum, weight decay, batch norm span and the number of decay steps. They do
+not say whether the decay steps include the warm-up. The epochs to converge
+decide it: at 32K they include it, for 58 epochs in total; at 8K and 64K they do
+not, for 44 and 89 epochs in total. At 4K both would fit. This recipe includes
+the warm-up there, for 42 epochs in total. A job stops when it reaches 75.9 %.
 
-Hardware: a GPU with 16 GB that computes in bfloat16; 64 images a rank at a time
-up to 8K, 128 above, and as many micro-batches as make the batch. Not run at
-full size here: top-1 is that of the source.
+Hardware: a GPU with 16 GB that supports bfloat16. A micro-batch has 64 images
+for batches up to 8K and 128 above; each rank accumulates as many as its share
+of the batch needs. This recipe has not run at full size here: the epochs to
+75.9 % are those of the source.
 
 | variant | rate | warm-up epochs | momentum | weight decay | epochs to 75.9 % |
 |---|---|---|---|---|---|
@@ -26,7 +27,8 @@ full size here: top-1 is that of the source.
 from horovod_recipes.configs import _imagenet
 from horovod_recipes.configs.resnet50 import resnet50
 
-# Global batch, rate, warm-up epochs, epochs, momentum, weight decay, BN span.
+# Global batch, rate, warm-up epochs, epochs, momentum, weight decay, and
+# the batch norm span in images.
 ROWS = {
     "4k": (4096, 10.0, 5, 42, 0.9, 2e-4, 64),
     "8k": (8192, 17.0, 5, 44, 0.9, 2e-4, 64),

@@ -1,4 +1,4 @@
-"""Each ImageNet recipe against the tables of its sources."""
+"""Compares each ImageNet recipe with the tables of its sources."""
 
 import importlib
 import pathlib
@@ -12,8 +12,9 @@ from horovod_recipes.training.build import create_optimizer
 from horovod_recipes.training.build import create_schedule
 from horovod_recipes.training.job_size import job_size
 
+ROOT = pathlib.Path(__file__).parents[3]
 K = 1024
-# Typed from the paper's tables: batch, rate, warm-up epochs, top-1.
+# Global batch, rate, warm-up epochs and top-1, typed from the paper's tables.
 ALEXNET = {
     "512": (512, 2, 2, 58.7),
     "4k": (4 * K, 10, 2, 58.5),
@@ -51,11 +52,14 @@ RESNET50 = {
     "16k_inception_200epochs": (16 * K, 33, 12, 75.5),
     "32k_inception": (32 * K, 40, 12, 72.5),
 }
-# Linear scaling of a rate at a batch, its warm-up epochs.
-LINEAR = {"alexnet": (0.02, 512, 2.5), "alexnet_bn": (0.02, 512, 2.5)}
-LINEAR["resnet50"] = (0.1, 256, 5)
-# Batch, rate, warm-up, momentum, weight decay, epochs in all, and the first and
-# last epoch at which it reached 75.9 %.
+# Base rate, base batch and warm-up epochs of the linearly scaled baselines.
+LINEAR = {
+    "alexnet": (0.02, 512, 2.5),
+    "alexnet_bn": (0.02, 512, 2.5),
+    "resnet50": (0.1, 256, 5),
+}
+# Global batch, rate, warm-up epochs, momentum, weight decay, total epochs.
+# Last, the first and last epoch at which a run reached 75.9 %.
 MLPERF = {
     "4k": (4 * K, 10, 5, 0.9, 2e-4, 42, 39, 42),
     "8k": (8 * K, 17, 5, 0.9, 2e-4, 44, 41, 44),
@@ -86,7 +90,7 @@ ALL = [pair for family in FAMILIES for pair in variants(family)]
 
 
 def assert_schedule(config, rate, warmup_epochs, epochs, end=0.0, rebase=False):
-    """The rate of the first update, in the warm-up, at its end, later, last."""
+    """Checks the rate at the first, the last and several other updates."""
     job = job_size(config, ranks=8)
     schedule = create_schedule(config, job)
     steps_per_epoch = 1281167 // config.global_batch_size
@@ -193,7 +197,7 @@ def test_rows_of_mlperf(variant):
 
 
 def test_tables_hold_all_variants():
-    """Those of this file, of the modules, and of the modules' docstrings."""
+    """This file, the modules and their docstrings list the same variants."""
     expected = {
         "alexnet": ALEXNET.keys() | ALEXNET_SGD.keys(),
         "alexnet_bn": ALEXNET_BN.keys() | ALEXNET_BN_SGD.keys(),
@@ -218,11 +222,11 @@ def test_tables_hold_all_variants():
             assert schedule.warmup_epochs == warmup_epochs
 
 
-def test_table_of_the_readme():
-    """Has every recipe, with the top-1 of its source or "none"."""
-    readme = pathlib.Path(__file__).parents[2].joinpath("README.md").read_text()
+def test_table_of_the_imagenet_page():
+    """It lists every recipe, with the top-1 of its source or "none"."""
+    page = (ROOT / "docs" / "imagenet.md").read_text()
     rows = re.findall(
-        r"^\| `(\w+)` \| ([\w.]*) ?\| ([\w.]*) ?\| ([\w.]*) ?\|$", readme, re.M
+        r"^\| `(\w+)` \| ([\w.]*) ?\| ([\w.]*) ?\| ([\w.]*) ?\|$", page, re.M
     )
     stated = {
         (family, variant): top1
@@ -238,7 +242,7 @@ def test_table_of_the_readme():
             expected.setdefault((family, variant), "none")
     assert stated == expected
     for variant, (*_, epochs, first, last) in MLPERF.items():
-        assert f"| `{variant}` | {first} to {last} | {epochs} |" in readme
+        assert f"| `{variant}` | {first} to {last} | {epochs} |" in page
 
 
 @pytest.mark.parametrize("family", FAMILIES)
