@@ -1,4 +1,4 @@
-"""Trains a network as a config says, on every rank of a Horovod job.
+"""Trains the network of a config, on every rank of a Horovod job.
 
 horovodrun -np 2 python -m horovod_recipes.train --config=demo
     --workdir=DIR [--config.key=value ...] [--resume | --overwrite]
@@ -19,22 +19,22 @@ from horovod_recipes.install_horovod import check_installed
 FLAGS = flags.FlagValues()
 _flags.define_config(FLAGS)
 flags.DEFINE_string("workdir", None, "The folder for the results.", FLAGS)
-flags.DEFINE_bool("resume", False, "Continue the run in workdir.", FLAGS)
+flags.DEFINE_bool("resume", False, "Resume the run in workdir.", FLAGS)
 flags.DEFINE_bool("overwrite", False, "Delete the run in workdir.", FLAGS)
 flags.DEFINE_bool(
     "rehearse",
     False,
-    "Run a few small updates of the config on generated images.",
+    "Train two short epochs on generated images, with small batches.",
     FLAGS,
 )
 
 
 def main(argv, callbacks=()):
-    """Runs a job from its command line; returns the exit status.
+    """Runs the job of a command line; returns the exit status.
 
     Args:
         argv: List of strings, the command line.
-        callbacks: Keras callbacks of your own, for `train_and_evaluate`.
+        callbacks: Your own Keras callbacks, for `train_and_evaluate`.
     """
     if "--help" in argv:
         print(__doc__, FLAGS, sep="")
@@ -53,15 +53,15 @@ def main(argv, callbacks=()):
     except StoppedBySigterm as stop:
         if hvd.rank() == 0:
             print(
-                f"stopped by SIGTERM after step {stop.steps_done}, with a "
-                "checkpoint; continue with --resume",
+                f"stopped by SIGTERM after step {stop.steps_done}; a "
+                "checkpoint was saved; continue with --resume",
                 flush=True,
             )
         return 0
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # horovodrun kills the other ranks when the first one exits. This tells
-        # them to stop, and leaves them time to say why.
+        # horovodrun kills all ranks as soon as one exits.
+        # The shutdown stops the others; the wait lets them print their errors.
         hvd.shutdown()
         time.sleep(hvd.callbacks.SECONDS_TO_SAY_WHY)
         return 1
@@ -71,7 +71,7 @@ def main(argv, callbacks=()):
 
 
 def run(argv, callbacks):
-    """Parses the command line, and runs the job; returns its summary."""
+    """Parses the command line and runs the job; returns its summary."""
     import horovod_recipes.keras as hvd
     from horovod_recipes.training import process
     from horovod_recipes.training import rehearsal
@@ -100,11 +100,11 @@ def run(argv, callbacks):
 
 
 def run_mode():
-    """Returns the mode for `train_and_evaluate` that the flags ask for."""
+    """Returns the `mode` of `train_and_evaluate` that the flags select."""
     if not FLAGS.workdir:
-        raise JobError("--workdir is missing: the folder for the results")
+        raise JobError("--workdir is missing; it names the folder for results")
     if FLAGS.resume and FLAGS.overwrite:
-        raise JobError("--resume and --overwrite exclude each other")
+        raise JobError("--resume and --overwrite exclude each other; drop one")
     if FLAGS.resume:
         return "resume"
     return "overwrite" if FLAGS.overwrite else "new"

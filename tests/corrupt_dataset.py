@@ -1,4 +1,4 @@
-"""Makes a copy of the demo's data in which some images cannot be decoded."""
+"""Copies the demo's data, and makes some images undecodable."""
 
 import pathlib
 import shutil
@@ -9,10 +9,10 @@ from horovod_recipes.data.sources import load_builder
 
 
 def write_corrupt_copy(folder, split, indices):
-    """Cuts the images at `indices` of a split's file short.
+    """Truncates the images at `indices` of a split.
 
     Returns:
-        The TFDS data folder, a string, and the names of the images.
+        The TFDS data folder, a string, and the names of these images.
     """
     source = pathlib.Path(load_builder("mnist5k", None).data_path)
     target = pathlib.Path(folder, "mnist5k", source.name)

@@ -1,4 +1,7 @@
-"""Times an allreduce of 4 MB, before and after a file appears: the argument."""
+"""Times an allreduce of 4 MB, before and after a file appears.
+
+python -m tests.cluster.allreduce_job FILE
+"""
 
 import json
 import pathlib
@@ -36,7 +39,7 @@ def main():
 
 
 def seconds(numbers):
-    """Returns the median time of an allreduce."""
+    """Returns the median time of an allreduce, in seconds."""
     times = []
     for _ in range(TRIALS):
         hvd.allreduce(0.0, name="together")

@@ -1,4 +1,4 @@
-"""The hosts that the tests of jobs on several of them share."""
+"""Hosts for the tests of jobs on several hosts."""
 
 import signal
 
@@ -9,7 +9,7 @@ from tests.cluster.hosts import Cluster
 
 @pytest.fixture(scope="session")
 def _cluster():
-    # As Ctrl-C does: the hosts are removed before pytest ends.
+    # SIGTERM then acts as Ctrl-C: pytest removes the hosts before it ends.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster = Cluster(2)
     yield cluster
@@ -19,9 +19,9 @@ def _cluster():
 
 @pytest.fixture
 def cluster(_cluster):
-    """Two hosts, `h1` and `h2`, that nothing runs on."""
+    """Two hosts, `h1` and `h2`, without processes."""
     for host in _cluster.hosts:
-        # The sshd of a connection takes a moment to end.
+        # The sshd of an earlier connection takes a moment to end.
         _cluster.kill(host)
     yield _cluster
     for host in _cluster.hosts:

@@ -1,9 +1,9 @@
 """Hosts on one machine: network namespaces with addresses and sshd.
 
-Each host has one link, `eth0`, to a switch: a bridge in a namespace of its own,
-so that no packet leaves the cluster. Files and processes are the machine's.
-Needs root, Linux, iproute2 and openssh-server. As a program it says whether
-this machine can: python -m tests.cluster.hosts.
+Each host has one link, `eth0`, to a switch. The switch is a bridge in its own
+namespace, so no packet leaves the cluster. All hosts share the machine's files.
+This needs root, Linux, iproute2 and openssh-server. As a program it says what
+this machine lacks: python -m tests.cluster.hosts.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import time
 
 PREFIX = "horovod-test-"
 ETC = pathlib.Path("/etc/netns")
-# Three times without an answer, and ssh and sshd give up. Gloo gives up before,
-# after 30 seconds, so that the ranks can say why.
+# In seconds. ssh and sshd give up after three of these without an answer. Gloo
+# gives up after 30 seconds, so the ranks can still say why.
 SSH_ALIVE_SECONDS = 15
 
 
 class Cluster:
-    """Hosts `h1`, `h2`, ... until `remove`.
+    """Hosts `h1`, `h2`, ... that exist until `remove`.
 
     Args:
         size: Integer, the number of hosts.
@@ -48,7 +48,7 @@ class Cluster:
             raise
 
     def popen(self, host, *command, **kwargs):
-        """Starts a command on a host; as `subprocess.Popen`."""
+        """Starts a command on a host; returns its `subprocess.Popen`."""
         name = self.namespace(host)
         return subprocess.Popen(
             ["ip", "netns", "exec", name, *command], **kwargs
@@ -66,17 +66,18 @@ class Cluster:
         ).stdout
 
     def cut(self, host):
-        """Pulls the cable of a host at the switch."""
+        """Disconnects a host from the switch."""
         _ip("-n", self.namespace("switch"), "link", "set", host, "down")
 
     def mend(self, host):
+        """Connects a host to the switch again."""
         _ip("-n", self.namespace("switch"), "link", "set", host, "up")
 
     def slow_down(self, host):
-        """Limits what a host sends to 40 Mbit/s, with 10 ms delay if it can.
+        """Limits a host to sending 40 Mbit/s, with 10 ms delay if possible.
 
         Returns:
-            `"netem"`, or `"tbf"` where the kernel has no netem and so no delay.
+            `"netem"`, or `"tbf"`, without delay, if the kernel has no netem.
         """
         link = ("-n", self.namespace(host), "qdisc", "add", "dev", "eth0")
         try:
@@ -94,13 +95,13 @@ class Cluster:
         _run("tc", "-n", name, "qdisc", "delete", "dev", "eth0", "root")
 
     def pids(self, host):
-        """Returns the processes of a host, without the `sshd` that listens."""
+        """Returns a host's processes, except the `sshd` that listens."""
         output = _ip("netns", "pids", self.namespace(host))
         servers = {server.pid for server in self._sshd}
         return sorted({int(pid) for pid in output.split()} - servers)
 
     def kill(self, host):
-        """Ends the processes of a host, without the `sshd` that listens."""
+        """Ends a host's processes, except the `sshd` that listens."""
         while pids := self.pids(host):
             _kill(pids)
 
@@ -147,13 +148,13 @@ class Cluster:
         self._write_etc(host, number)
 
     def _write_etc(self, host, number):
-        """Writes what a host sees in /etc in place of the machine's files."""
+        """Writes files that replace the machine's in a host's /etc."""
         etc = ETC / self.namespace(host)
         (etc / "ssh").mkdir(parents=True)
         names = [
             f"{_address(n)} {other}" for n, other in enumerate(self.hosts, 1)
         ]
-        # Gloo looks up the machine's own name, and must not find loopback.
+        # Gloo looks up the machine's own name. It must not get loopback.
         names += [f"{_address(number)} {socket.gethostname()}"]
         (etc / "hosts").write_text(
             "\n".join(["127.0.0.1 localhost", *names, ""])
@@ -198,7 +199,7 @@ class Cluster:
 
 
 def remove_stale():
-    """Removes what runs left behind that were killed before they could."""
+    """Removes the hosts of killed test runs."""
     for name in namespaces():
         pid = name.removeprefix(PREFIX).partition("-")[0]
         if (
@@ -244,7 +245,7 @@ def _run(*command):
 
 
 def why_not():
-    """Returns why this machine cannot have such hosts, or None if it can."""
+    """Returns why this machine cannot have such hosts; None if it can."""
     if os.geteuid() != 0:
         return "needs root"
     for program, package in (

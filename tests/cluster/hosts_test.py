@@ -1,4 +1,4 @@
-"""The hosts themselves: they reach each other, and nothing of them stays."""
+"""The hosts themselves: they reach each other, and leave nothing behind."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster import hosts
 
-# A test session that has hosts, and waits.
+# A test session that creates hosts, and waits.
 SESSION = """
 import pytest
 
@@ -28,7 +28,7 @@ def test_hosts_are_three_and_reach_each_other_alone():
             cluster.run("h2", *("ssh", "-o", "ConnectTimeout=2", "h3", "true"))
         cluster.mend("h3")
         cluster.run("h2", *("ssh", "-o", "ConnectTimeout=20", "h3", "true"))
-        # No way out: to no other address is there a route.
+        # There is no route to any other network.
         for host in cluster.hosts:
             routes = cluster.run(host, "ip", "-brief", "route").split()
             assert routes[0] == "10.77.0.0/24"
@@ -38,8 +38,8 @@ def test_hosts_are_three_and_reach_each_other_alone():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_stays_of_a_session_that_is_ended(tmp_path, number):
-    """A second session of hosts, at the same time."""
+def test_ended_session_leaves_nothing_behind(tmp_path, number):
+    """The ended session runs beside this one."""
     (tmp_path / "session_test.py").write_text(SESSION)
     session = subprocess.Popen(
         [

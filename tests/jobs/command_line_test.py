@@ -1,5 +1,6 @@
 """Whole jobs from the command line: exit status, printed lines, files."""
 
+import importlib
 import json
 import os
 import re
@@ -8,14 +9,19 @@ import sys
 
 import pytest
 
+import horovod_recipes.keras as hvd
+from horovod_recipes import train
 from tests.corrupt_dataset import write_corrupt_copy
-from tests.jobs.launcher import HOROVODRUN
 from tests.jobs.launcher import ROOT
 from tests.jobs.launcher import TRAIN
+from tests.jobs.launcher import TWO_RANKS
 from tests.jobs.launcher import error_lines
+from tests.jobs.launcher import limited
+from tests.jobs.launcher import python
 from tests.jobs.launcher import run
 
 TINY = (
+    "--config=demo",
     "--config.model.filters=2",
     "--config.epochs=2",
     "--config.schedule.warmup_epochs=1",
@@ -44,76 +50,76 @@ TINY = (
     ],
     ids=["config", "key", "value", "flag", "modes", "none", "workdir"],
 )
-def test_bad_command_line(tmp_path, arguments, message):
+def test_bad_command_line(monkeypatch, capsys, tmp_path, arguments, message):
+    """In one process, as importing TensorFlow takes longer than the rest."""
+    # The flags keep their values from one command line to the next.
+    importlib.reload(train)
+    # Parsing changes it.
+    monkeypatch.setattr(sys, "argv", [])
+    # No other rank needs time to say why.
+    monkeypatch.setattr(hvd.callbacks, "SECONDS_TO_SAY_WHY", 0)
     workdir = tmp_path / "run"
-    result = run(*TRAIN, f"--workdir={workdir}", *arguments)
-    assert result.returncode == 1
-    (line,) = error_lines(result)
+    assert train.main(["train", f"--workdir={workdir}", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
     assert re.search(message, line), line
-    assert result.stderr.splitlines()[-1] == line
     assert not workdir.exists()
 
 
-def test_a_line_is_written_whole(tmp_path):
+def test_line_is_written_whole(tmp_path):
     """A pipe of packets gives back each write on its own, as mpirun may."""
     reader, writer = os.pipe2(os.O_DIRECT)
+    arguments = ("--config=demo", "--bogus", f"--workdir={tmp_path}")
     job = subprocess.Popen(
-        [
-            *("timeout", "300", "env", "PYTHONUNBUFFERED=1"),
-            *(*TRAIN, "--config=demo", "--bogus", f"--workdir={tmp_path}"),
-        ],
+        limited(["env", "PYTHONUNBUFFERED=1", *TRAIN, *arguments], 300),
         cwd=ROOT,
         stderr=writer,
     )
     os.close(writer)
     with job, open(reader, "rb", buffering=0) as writes:
         texts = list(iter(lambda: writes.read(4096), b""))
+    assert job.returncode == 1
     (line,) = [text for text in texts if text.startswith(b"error: ")]
     assert line.endswith(b"\n"), line
+    assert line == texts[-1]
 
 
-def test_job_under_horovodrun(tmp_path):
-    workdir = tmp_path / "run"
-    job = [*TRAIN, "--config=demo", f"--workdir={workdir}", *TINY]
-    result = run(*HOROVODRUN, *job)
+def test_job_under_horovodrun(whole_job):
+    result, workdir = whole_job.result, whole_job.workdir
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     settings = [line for line in lines if "config=demo ranks=2" in line]
     assert len(settings) == 1
     assert "global_batch=1024 (2 ranks x 512 micro-batch x 1 " in settings[0]
-    assert "steps=6 (2 epochs x 3)" in settings[0]
+    assert "steps=9 (3 epochs x 3)" in settings[0]
     # Rank 0 alone has a progress bar; its last line is the summary.
     assert not [line for line in lines if line.startswith("[1]<stdout>")]
     assert lines[-1].startswith('[0]<stdout>:{"config": "demo"')
     summary = json.loads(lines[-1].removeprefix("[0]<stdout>:"))
     assert summary == json.loads((workdir / "summary.json").read_text())
 
-    # Its checkpoint loads where there is no Horovod.
+    # A process without Horovod can load its checkpoint.
     script = (
         "import sys; sys.modules['horovod'] = None; import keras, keras_lars; "
         f"model = keras.saving.load_model({str(workdir)!r} + "
-        "'/checkpoints/step-00000006.keras'); "
+        "'/checkpoints/step-00000009.keras'); "
         "print(type(model.optimizer).__name__, int(model.optimizer.iterations))"
     )
     loaded = run(sys.executable, "-c", script)
-    assert loaded.stdout.split() == ["LARS", "6"], loaded.stderr
+    assert loaded.stdout.split() == ["LARS", "9"], loaded.stderr
 
 
 def test_corrupt_image_ends_all_ranks(tmp_path):
     folder, (name,) = write_corrupt_copy(tmp_path / "data", "train", [3000])
     workdir = tmp_path / "run"
     result = run(
-        *HOROVODRUN,
-        *TRAIN,
-        "--config=demo",
-        f"--workdir={workdir}",
+        *(*TWO_RANKS, *TRAIN, *TINY, f"--workdir={workdir}"),
         f"--config.dataset.data_dir={folder}",
-        *TINY,
     )
     assert result.returncode == 1
-    first, second = sorted(error_lines(result))
+    first, second = error_lines(result)
     reason = (
-        f"rank 1 met a corrupt image: {name}; replace it, "
+        f"rank 1 found a corrupt image: {name}; replace it, "
         "or train without it: --config.dataset.corrupt_images=skip"
     )
     assert first == (
@@ -128,40 +134,33 @@ def test_corrupt_image_ends_all_ranks(tmp_path):
 def test_bad_config_ends_all_ranks(tmp_path):
     workdir = tmp_path / "run"
     result = run(
-        *HOROVODRUN,
-        *TRAIN,
-        "--config=demo",
-        f"--workdir={workdir}",
+        *(*TWO_RANKS, *TRAIN, "--config=demo", f"--workdir={workdir}"),
         "--config.global_batch_size=1001",
     )
     assert result.returncode == 1
-    lines = sorted(error_lines(result))
+    lines = error_lines(result)
     assert [line[:19] for line in lines] == [
         "[0]<stderr>:error: ",
         "[1]<stderr>:error: ",
     ]
-    assert all("the nearest that is: 1000" in line for line in lines)
+    assert all("the nearest divisible size is 1000" in line for line in lines)
     assert not workdir.exists()
 
 
 def test_disk_that_fails_ends_all_ranks(tmp_path):
-    """Rank 0 cannot write its checkpoint: something is in the way."""
+    """Rank 0 cannot write its checkpoint: a file is where its folder goes."""
     workdir = tmp_path / "run"
-    job = [*TRAIN, "--config=demo", f"--workdir={workdir}", *TINY]
-    script = (
-        "import sys; from horovod_recipes import train; "
-        "import horovod_recipes.training.workdir as c; "
-        "make = c.prepare_workdir; "
-        "c.prepare_workdir = lambda w, *a: (make(w, *a), "
-        "(w / 'checkpoints').touch()); "
-        "sys.exit(train.main(['train', *sys.argv[1:]]))"
+    in_the_way = str(workdir / "checkpoints")
+    result = run(
+        *TWO_RANKS,
+        *python("tests.jobs.faulty_job", "only_file", in_the_way, *TINY),
+        f"--workdir={workdir}",
     )
-    result = run(*HOROVODRUN, sys.executable, "-c", script, *job[3:])
     assert result.returncode == 1
-    first, second = sorted(error_lines(result))
+    first, second = error_lines(result)
     assert first.startswith(
         "[0]<stderr>:error: on rank 0: cannot write the checkpoint "
-        f"{workdir}/checkpoints/step-00000006.keras: File exists; those"
+        f"{workdir}/checkpoints/step-00000006.keras: File exists; "
     )
     assert second == first.replace("[0]", "[1]")
     assert not (workdir / "summary.json").exists()

@@ -1,46 +1,130 @@
-"""A training job of which rank 1 goes wrong in step 5.
+"""A training job in which one rank goes wrong after its fifth step.
 
-python -m tests.jobs.launcher.faulty_job FAULT FILE --config=demo ...
+    python -m tests.jobs.faulty_job FAULT FILE --config=demo ...
 
-FAULT is kill, kill_in_allreduce, hang_in_callback or hang_in_pipeline; FILE is
-there when it happens. The other arguments are those of `horovod_recipes.train`.
+FAULT is a key of `FAULTS`. FILE appears when the fault happens. The other
+arguments are those of `horovod_recipes.train`.
 """
 
+import functools
+import itertools
 import os
 import pathlib
 import signal
 import sys
 import threading
-import time
 
 import keras
+import psutil
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from horovod_recipes import models
 from horovod_recipes import train
-from horovod_recipes.keras import _watchdog
-from horovod_recipes.training import callbacks
+from horovod_recipes.training import tasks
 
-STEP = 5
+LAST_GOOD_STEP = 5
+# In bytes. Twenty times what a step without gradients writes.
+PART_OF_GRADIENTS = 2_000_000
 
 
-def kill():
+class Fault(keras.callbacks.Callback):
+    """Goes wrong after a step, on one rank.
+
+    Args:
+        rank: Integer.
+        go_wrong: Function of the model.
+        happened: `pathlib.Path`, the file that appears.
+    """
+
+    def __init__(self, rank, go_wrong, happened):
+        super().__init__()
+        self._rank = rank
+        self._go_wrong = go_wrong
+        self._happened = happened
+        self._steps = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._steps += 1
+        if hvd.rank() == self._rank and self._steps == LAST_GOOD_STEP:
+            self._happened.touch()
+            self._go_wrong(self.model)
+
+
+def kill(model):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_allreduce():
-    """Ends this process soon, while it sends gradients to rank 0."""
+def kill_in_allreduce(model):
+    """Ends this process in the next step, while it sends gradients."""
 
     def watch_and_kill():
-        collectives = _watchdog._collectives
-        while collectives.entered.numpy() == collectives.left.numpy():
+        process = psutil.Process()
+        before = process.io_counters().write_chars
+        while process.io_counters().write_chars < before + PART_OF_GRADIENTS:
             pass
-        time.sleep(0.01)
-        kill()
+        kill(model)
 
     threading.Thread(target=watch_and_kill, daemon=True).start()
-    # Rank 0 is waiting for them by then.
-    time.sleep(1)
+
+
+def kill_in_save(model):
+    """Ends this process when half of the next checkpoint is written."""
+    save = model.save
+
+    def save_half(path):
+        save(path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        kill(model)
+
+    model.save = save_half
+
+
+def hang_in_callback(model):
+    threading.Event().wait()
+
+
+def only_file(model):
+    """Does nothing more: FILE is in the way of the job."""
+
+
+FAULTS = {
+    "kill": (1, kill),
+    "kill_in_allreduce": (1, kill_in_allreduce),
+    "kill_in_save": (0, kill_in_save),
+    "hang_in_callback": (1, hang_in_callback),
+    "hang_in_pipeline": None,
+    "only_file": (0, only_file),
+}
+
+
+class HangingInput(tasks.Classification):
+    """Classification whose input pipeline hangs on rank 1.
+
+    Args:
+        happened: `pathlib.Path`, the file that appears.
+        *arguments: As for `Classification`.
+    """
+
+    def __init__(self, happened, *arguments):
+        super().__init__(*arguments)
+        self._happened = happened
+
+    def training_dataset(self, first_epoch, updates_done):
+        batches = itertools.count()
+
+        def hang_in_pipeline(labels):
+            if hvd.rank() == 1 and next(batches) == LAST_GOOD_STEP:
+                self._happened.touch()
+                threading.Event().wait()
+            return labels
+
+        def through_python(images, labels):
+            same = tf.numpy_function(hang_in_pipeline, [labels], labels.dtype)
+            return images, tf.ensure_shape(same, labels.shape)
+
+        dataset = super().training_dataset(first_epoch, updates_done)
+        return dataset.map(through_python)
 
 
 def large_network(image_shape, num_classes, filters):
@@ -51,65 +135,15 @@ def large_network(image_shape, num_classes, filters):
     return keras.Model(inputs, keras.layers.Dense(num_classes)(x))
 
 
-def hang():
-    threading.Event().wait()
-
-
-def in_callback(fault):
-    """Puts a fault at the end of a step."""
-    on_train_batch_end = callbacks.Throughput.on_train_batch_end
-    steps = iter(range(1, 1000))
-
-    def hang_in_callback(self, batch, logs=None):
-        on_train_batch_end(self, batch, logs)
-        if next(steps) == STEP:
-            fault()
-
-    callbacks.Throughput.on_train_batch_end = hang_in_callback
-
-
-def in_pipeline(fault):
-    """Puts a fault before the batch of a step."""
-    training_dataset = train.training_dataset
-    batches = iter(range(1, 1000))
-
-    def hang_in_pipeline(label):
-        if next(batches) == STEP:
-            fault()
-        return label
-
-    def faulty(*arguments):
-        return training_dataset(*arguments).map(
-            lambda images, labels: (
-                images,
-                tf.ensure_shape(
-                    tf.numpy_function(hang_in_pipeline, [labels], labels.dtype),
-                    labels.shape,
-                ),
-            )
-        )
-
-    train.training_dataset = faulty
-
-
 def main():
     name, happened, *arguments = sys.argv[1:]
-    faults = {
-        "kill": kill,
-        "kill_in_allreduce": kill_in_allreduce,
-        "hang_in_callback": hang,
-        "hang_in_pipeline": hang,
-    }
-
-    def fault():
-        if hvd.rank() == 1:
-            pathlib.Path(happened).touch()
-            faults[name]()
-
-    if name == "kill_in_allreduce":
-        train.MODELS["small_cnn"] = large_network
-    in_pipeline(fault) if name == "hang_in_pipeline" else in_callback(fault)
-    return train.main([sys.argv[0], *arguments])
+    happened = pathlib.Path(happened)
+    models.MODELS["large_network"] = large_network
+    tasks.TASKS["hanging_input"] = functools.partial(HangingInput, happened)
+    callbacks = []
+    if FAULTS[name]:
+        callbacks.append(Fault(*FAULTS[name], happened))
+    return train.main([sys.argv[0], *arguments], callbacks)
 
 
 if __name__ == "__main__":

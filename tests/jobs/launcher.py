@@ -1,4 +1,4 @@
-"""Starts jobs as a user does, and ends them, within a time limit."""
+"""Starts whole jobs as a user does, signals their ranks, limits their time."""
 
 import pathlib
 import signal
@@ -8,42 +8,51 @@ import time
 
 import psutil
 
-ROOT = pathlib.Path(__file__).parents[1]
-# A job that hangs ends before its time limit does, and leaves its stacks.
+ROOT = pathlib.Path(__file__).parents[2]
+HOROVODRUN = str(pathlib.Path(sys.executable).with_name("horovodrun"))
+TWO_RANKS = (HOROVODRUN, "--gloo", "-np", "2")
+TWO_MPI_RANKS = (HOROVODRUN, "--mpi", "-np", "2")
+# A job that hangs prints its stacks before `run` kills it.
 TRAIN = (
     *(sys.executable, "-m", "horovod_recipes.train"),
     "--config.hang_seconds=200",
 )
-HOROVODRUN = (
-    str(pathlib.Path(sys.executable).with_name("horovodrun")),
-    "--gloo",
-    "-np",
-    "2",
-)
-MPIRUN = (HOROVODRUN[0], "--mpi", "-np", "2")
-# As horovodrun tells a rank its number, or Open MPI.
+# Where horovodrun and Open MPI tell a rank its number.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def run(*command, seconds=300):
-    """Runs a command; its processes are killed after so many seconds."""
+    """Runs a command, and kills its processes after so many seconds."""
     return subprocess.run(
-        _limited(command, seconds), cwd=ROOT, capture_output=True, text=True
+        limited(command, seconds), cwd=ROOT, capture_output=True, text=True
     )
 
 
+def limited(command, seconds):
+    """Returns a command that ends after so many seconds."""
+    return ["timeout", "--kill-after=10", str(seconds), *command]
+
+
+def python(module, *arguments):
+    """Returns the command that runs a module of Python."""
+    return (sys.executable, "-m", module, *arguments)
+
+
 def error_lines(result):
-    return [line for line in result.stderr.splitlines() if "error: " in line]
+    """Returns the lines in which ranks say why they end, sorted by rank."""
+    return sorted(
+        line for line in result.stderr.splitlines() if "error: " in line
+    )
 
 
 def run_until_sigterm(*command, rank, path, seconds=300):
-    """Starts a job, and sends SIGTERM to a rank when a file is there.
+    """Starts a training job, and sends SIGTERM to a rank when a file appears.
 
     Returns:
-        The exit status, and all that was printed.
+        The exit status, and all that the job printed.
     """
     job = subprocess.Popen(
-        _limited(command, seconds),
+        limited(command, seconds),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -57,16 +66,21 @@ def run_until_sigterm(*command, rank, path, seconds=300):
 
 
 def signal_rank(job, number, module, variables, value):
-    """Sends a signal to the rank one of whose variables has that value.
+    """Sends a signal to one rank of a job.
 
-    The first such process is the rank. A process that it forks looks the same
-    for a moment.
+    Args:
+        job: The `subprocess.Popen` of the job.
+        number: Integer, the signal.
+        module: String, the module that the rank runs.
+        variables: Environment variables, one of which has the `value`.
+        value: String.
     """
     ranks = [
         process
         for process in psutil.Process(job.pid).children(recursive=True)
         if _is_rank(process, module, variables, value)
     ]
+    # A child that the rank has just forked looks like the rank, but is younger.
     min(ranks, key=psutil.Process.create_time).send_signal(number)
 
 
@@ -79,9 +93,5 @@ def _is_rank(process, module, variables, value):
             and value in [environment.get(name) for name in variables]
         )
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        # It has just ended, also where its parent has not yet heard.
+        # The process has just ended. Zombies of some kernels deny access.
         return False
-
-
-def _limited(command, seconds):
-    return ["timeout", "--kill-after=10", str(seconds), *command]

@@ -1,15 +1,12 @@
-"""Trains the demo's network while hosts come and go, and accounts for it.
+"""Trains on digits while hosts come and go, and accounts for every example.
 
-    horovodrun -np 2 --min-np 1 --host-discovery-script ./discover.sh
-        python -m horovod_recipes.elastic_demo
+    python -m tests.jobs.elastic_digits_job --epochs=6 --pause=0.3
 
-Prints lines of JSON: one when training starts, and starts again with other
-ranks; one for each batch and each epoch; and a summary with the top-1. See
-docs/elastic.md for the script, and for what becomes of a host that fails.
+Prints lines of JSON: one for each start of training, one for each batch and
+each epoch, and a summary with the top-1.
 """
 
 import argparse
-import hashlib
 import json
 import time
 
@@ -23,9 +20,44 @@ from horovod_recipes.data.sources import load_source
 from horovod_recipes.models.small_cnn import small_cnn
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
+from tests.jobs.results import digest
 
+GLOBAL_BATCH_SIZE = 500
 NUM_CLASSES = 10
 SEED = 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument(
+        "--pause", type=float, required=True, help="seconds after each batch"
+    )
+    arguments = parser.parse_args()
+    tf.get_logger().setLevel("ERROR")
+    logging.set_verbosity(logging.ERROR)
+    hvd.init()
+    images, labels = load_digits("train")
+    sampler = hvd.elastic.ElasticSampler(
+        len(images), GLOBAL_BATCH_SIZE, seed=SEED
+    )
+    steps = arguments.epochs * sampler.steps_per_epoch
+    model = create_model(images.shape[1:], steps, warmup_steps=steps // 4)
+    state = hvd.elastic.KerasState(model, batch=0, epoch=0, sampler=sampler)
+    train(state, images, labels, arguments)
+    mine = slice(hvd.rank(), None, hvd.size())
+    images, labels = load_digits("test")
+    results = hvd.evaluate(model, images[mine], labels[mine], verbose=0)
+    log(
+        "summary",
+        ranks=hvd.size(),
+        epochs=len(sampler.reports),
+        each_example_once=all(
+            report["used_once"] == 4000 for report in sampler.reports
+        ),
+        updates=int(model.optimizer.iterations),
+        top1=round(100 * results["top1"], 2),
+    )
 
 
 def load_digits(split):
@@ -78,15 +110,13 @@ def train(state, images, labels, arguments):
             hvd.elastic.UpdateBatchStateCallback(state),
             hvd.elastic.UpdateEpochStateCallback(state),
             Log(state, arguments.pause),
-            hvd.elastic.CommitStateCallback(
-                state, arguments.batches_per_commit
-            ),
+            hvd.elastic.CommitStateCallback(state),
         ],
     )
 
 
 class Log(keras.callbacks.Callback):
-    """Prints what has been done; all ranks compare their weights."""
+    """Prints each batch and epoch, and whether all ranks have equal weights."""
 
     def __init__(self, state, pause):
         super().__init__()
@@ -108,49 +138,10 @@ class Log(keras.callbacks.Callback):
         )
 
 
-def digest(weights):
-    return hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
-
-
 def log(event, **values):
     """Prints a line of JSON, on rank 0 alone."""
     if hvd.rank() == 0:
         print(json.dumps({"event": event, **values}), flush=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--global_batch_size", type=int, default=500)
-    parser.add_argument("--batches_per_commit", type=int, default=1)
-    parser.add_argument(
-        "--pause", type=float, default=0.0, help="seconds after each batch"
-    )
-    arguments = parser.parse_args()
-    tf.get_logger().setLevel("ERROR")
-    logging.set_verbosity(logging.ERROR)
-    hvd.init()
-    images, labels = load_digits("train")
-    sampler = hvd.elastic.ElasticSampler(
-        len(images), arguments.global_batch_size, seed=SEED
-    )
-    steps = arguments.epochs * sampler.steps_per_epoch
-    model = create_model(images.shape[1:], steps, warmup_steps=steps // 4)
-    state = hvd.elastic.KerasState(model, batch=0, epoch=0, sampler=sampler)
-    train(state, images, labels, arguments)
-    mine = slice(hvd.rank(), None, hvd.size())
-    images, labels = load_digits("test")
-    results = hvd.evaluate(model, images[mine], labels[mine], verbose=0)
-    log(
-        "summary",
-        ranks=hvd.size(),
-        epochs=len(sampler.reports),
-        each_example_once=all(
-            report["used_once"] == 4000 for report in sampler.reports
-        ),
-        updates=int(model.optimizer.iterations),
-        top1=round(100 * results["top1"], 2),
-    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """An elastic job of one weight, whose updates tell which ranks took part.
 
-The gradient of rank 0 is 1 x the number of ranks when the step was traced, and
-that of rank 1 is 3 x that: the mean is 1 on one rank, 4 on two. The worker on
-the host VICTIM kills itself, once, in the fifth update.
+    horovodrun ... python -m tests.jobs.elastic_mean_job VICTIM
 
-    horovodrun ... python -m tests.jobs.launcher.elastic_job VICTIM
+The gradient of rank 0 is the number of ranks when the step was traced. The
+gradient of rank 1 is 3 times that. So their mean is 1 on one rank, and 4 on
+two. The worker on the host VICTIM kills itself, once, in the fifth update.
 """
 
 import json
@@ -18,19 +18,20 @@ import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 
-UPDATE_TO_DIE_IN = 4
-UPDATES_AFTER_A_CHANGE = 3
+UPDATES_BEFORE_DEATH = 4
+# The job ends after so many updates on two ranks, if it had one rank before.
+UPDATES_AFTER_RETURN = 3
 
 
 class DieOnce(keras.callbacks.Callback):
-    """Ends the process in the way that a host does which loses its power."""
+    """Ends the process as suddenly as a loss of power does."""
 
     def __init__(self, state):
         super().__init__()
         self.state = state
 
     def on_train_batch_end(self, batch, logs=None):
-        if len(self.state.updates) == UPDATE_TO_DIE_IN:
+        if len(self.state.updates) == UPDATES_BEFORE_DEATH:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -41,8 +42,7 @@ def traced_loss(target, output):
 def is_done(updates):
     """Whether there were two ranks, then one, then two again."""
     sizes = [ranks for ranks, _ in updates]
-    lone = sizes.count(1)
-    return lone > 0 and sizes[-UPDATES_AFTER_A_CHANGE:] == [2, 2, 2]
+    return 1 in sizes and sizes[-UPDATES_AFTER_RETURN:] == [2, 2, 2]
 
 
 @hvd.elastic.run
