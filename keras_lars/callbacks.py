@@ -85,8 +85,7 @@ class TrustRatioLogger(keras.callbacks.Callback):
         self._events = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        # Later than `on_train_begin`, where another callback may restore the
-        # optimizer.
+        # Another callback may restore the optimizer in `on_train_begin`.
         if self._step is None:
             self._seen(int(self._lars().iterations))
 
@@ -124,9 +123,9 @@ class TrustRatioLogger(keras.callbacks.Callback):
         if not isinstance(optimizer, LARS):
             raise ValueError(
                 "TrustRatioLogger needs a model that was compiled with LARS. "
-                f"Received: optimizer={type(optimizer).__name__}. Pass "
-                "`optimizer=keras_lars.LARS(...)` to `model.compile`, or leave "
-                "TrustRatioLogger out of `callbacks`."
+                "Pass `optimizer=keras_lars.LARS(...)` to `model.compile`, or "
+                "leave TrustRatioLogger out of `callbacks`. "
+                f"Received: optimizer={type(optimizer).__name__}"
             )
         return optimizer
 
