@@ -1,8 +1,9 @@
-"""The large-batch study, in small: its recipes, its search, its resuming."""
+"""The large-batch study: recipes, search, and how it resumes."""
 
 import concurrent.futures
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 
@@ -51,7 +52,7 @@ def searched(accuracy, tries):
         (lambda k: 80 - abs(k - 0.6), [0, 1, 2, 0.5], 0.5),
         (lambda k: 80 - abs(k + 0.6), [0, 1, -1, -2], -1),
         (lambda k: 80 + k, [0, 1, 2, 3], 3),
-        # Where nothing is learned it does not matter how the network guesses.
+        # While nothing is learned, the accuracy of guesses does not count.
         (lambda k: 10 + k / 10, [0, -2, -1, -4], -4),
         (lambda k: 0 if k > -2 else 80 + k, [0, -2, -1, -3], -2),
         (lambda k: 0 if k > -1 else 80 + k, [0, -2, -1, -1.5], -1),
@@ -65,7 +66,7 @@ def test_search_follows_what_is_better(accuracy, exponents, best):
 
 
 def test_rates_of_a_chain_follow_the_batch():
-    """With the best rate first each time, SGD's is scaled linearly."""
+    """If the first rate is always the best, SGD's scales linearly."""
     setting = dataclasses.replace(TINY, batches=(256, 1024, 8192), tries=3)
     for recipe, rates in {
         "sgd": [0.03, 0.03, 0.03],
@@ -85,7 +86,7 @@ def test_rates_of_a_chain_follow_the_batch():
 
 
 def test_sgd_is_that_of_keras():
-    """With one layer and no bias, so that the decay can be in the loss."""
+    """One layer without bias, so that the decay can be in the gradient."""
     run = Run("alexnet", "sgd", 256, 0.1, 0)
     optimizer, _ = training.make_optimizer(run, TINY)
     weight = keras.Variable(np.ones((2, 3), "float32"))
@@ -111,7 +112,7 @@ def test_rate_warms_up_and_counts_updates():
     for _ in range(2 * updates):
         rates.append(float(optimizer.learning_rate))
         optimizer.apply([np.ones((2, 2), "float32")], [variable])
-    # Two micro-batches an update; the first update is not lost to a rate of 0.
+    # Two micro-batches per update; the first rate is not 0.
     assert rates[:10:2] == pytest.approx([2.0, 3.5, 5.0, 6.5, 8.0])
     assert rates[1::2] == rates[::2]
     assert rates[-1] == pytest.approx(8.0 / 16**2)
@@ -131,7 +132,7 @@ def test_micro_batches_have_each_image_once_an_epoch():
 
 
 def test_tensorflow_reads_the_same_batches_and_does_not_tune():
-    """A sleeping tuner held up the end of many trainings by half a minute."""
+    """A sleeping tuner delayed the end of trainings by half a minute."""
     images = np.arange(512, dtype="float32").reshape(-1, 1, 1, 1)
     batches = MicroBatches(images, np.arange(512) % 10, 3, seed=1)
     dataset = training.without_autotuning(batches)
@@ -156,7 +157,7 @@ def test_stopped_study_resumes(tmp_path):
 
     def train(run, setting):
         trained.append(run)
-        if len(trained) == stop_after:
+        if len(trained) >= stop_after:
             raise KeyboardInterrupt
         top1 = round(50 + 10 * run.rate % 7 + run.seed, 2)
         return dataclasses.asdict(run) | {
@@ -176,7 +177,7 @@ def test_stopped_study_resumes(tmp_path):
     kept = json.loads(path.read_text())["runs"]
     assert 10 < len(kept) < 30
 
-    stop_after = None
+    stop_after = math.inf
     before = len(trained)
     study()
     all_runs = 2 * 4 * 2 * (2 + 1)
@@ -249,7 +250,7 @@ def test_fashion_mnist_is_read_from_its_files(data_folder):
     expected = write_fashion_mnist(data_folder)
     (images, labels), (test_images, test_labels) = fashion_mnist.load()
     assert images.shape == test_images.shape == (1024, 28, 28, 1)
-    for found in (labels, test_labels, images[:, 27, 0, 0] // 25):
+    for found in (labels, test_labels, images[:, ::3, 0, 0].argmax(1)):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -265,10 +266,9 @@ def test_fashion_mnist_says_where_to_get_it(monkeypatch, data_folder):
     assert list(data_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_run_learns(network, data_folder):
-    """Without TensorFlow: `without_tensorflow_test`."""
+def test_a_run_learns(data_folder):
+    """Both networks do so without TensorFlow: `without_tensorflow_test`."""
     write_fashion_mnist(data_folder)
-    setting = Setting((512,), 20, 0, 1024, 1, 1)
-    run = Run(network, "sgd_linear", 512, 0.1, 1)
+    setting = Setting((512,), 10, 0, 1024, 1, 1)
+    run = Run("resnet", "sgd_linear", 512, 0.1, 1)
     assert training.train(run, setting)["test_top1"] > 30

@@ -81,7 +81,7 @@ errors = [
 found["steps"] = [errors, losses, expected_losses[1::2]]
 
 # Last, because it changes the precision.
-setting = training.Setting((512,), 20, 0, 1024, 1, 1)
+setting = training.Setting((512,), 10, 0, 1024, 1, 1)
 found["top1"] = {
     name: [
         training.train(
