@@ -8,7 +8,7 @@ import pathlib
 
 IMAGES = pathlib.Path(__file__).parents[1] / "images"
 # All lengths are in pixels.
-WIDTH = 720
+WIDTH = 480
 MARGIN = 16
 BOX_HEIGHT = 62
 GAP = 26
@@ -36,8 +36,10 @@ ROOMS = (
     (
         ("configs/", "recipes"),
         ("models/", "networks"),
+    ),
+    (
         ("data/", "input pipeline"),
-        ("keras/", "Horovod, Keras 3"),
+        ("keras/", "Horovod for Keras 3"),
     ),
     (("keras_lars/", "the optimizer; it needs Keras alone"),),
 )

@@ -1,4 +1,4 @@
-"""Shows the examples of docstrings as code in the API reference."""
+"""Shows the examples and lists of docstrings as such in the API reference."""
 
 import re
 
@@ -6,13 +6,14 @@ import griffe
 
 # Lines from a prompt to the next empty line.
 EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.M)
+# A line of text before an item of a list, which needs an empty line between.
+BEFORE_ITEM = re.compile(r"^ *[^-\s].*(?<!:)\n(?= +- )", re.M)
 
 
-class ExamplesAsCode(griffe.Extension):
+class ForMarkdown(griffe.Extension):
     """Fences examples; griffe expects them indented, and Keras does not."""
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
-            obj.docstring.value = EXAMPLE.sub(
-                r"```pycon\n\g<0>\n```", obj.docstring.value
-            )
+            text = BEFORE_ITEM.sub(r"\g<0>\n", obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", text)

@@ -1,4 +1,4 @@
-"""The tables of the documents that are made from files of results.
+"""The tables of the documents that are made by code.
 
     python -m tests.docs.tables
 
@@ -12,12 +12,19 @@ import re
 
 from benchmarks import _results
 from benchmarks.study import large_batch
+from horovod_recipes.configs import resnet50
+from horovod_recipes.planning import estimate
+from horovod_recipes.planning import page
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A comment, and the table after it, if there is one.
-MARKED = re.compile(r"^<!-- table: (\S+) -->\n(?:\n?(?:\|.*\n)+)?", re.M)
+# A comment, and the table or the printed text after it, if there is one.
+MARKED = re.compile(
+    r"^<!-- table: (\S+) -->\n"
+    r"(?:\n?(?:```text\n(?s:.*?)\n```\n|(?:\|.*\n)+))?",
+    re.M,
+)
 # The README shows some rows.
 SHORT_PROMISES = (
     "`fit` averages gradients",
@@ -84,7 +91,14 @@ def study(name, network):
     return large_batch.markdown(read_result(name)["cells"], network)
 
 
+def printed_plan():
+    """Returns what the command of docs/plan.md prints."""
+    plan = estimate.make_plan(resnet50.get_config("32k"), 256, "a100")
+    return f"```text\n{page.as_text(plan, 'resnet50:32k')}\n```"
+
+
 TABLES = {
+    "plan": printed_plan,
     "upstream_binding": bindings,
     "upstream_binding.short": lambda: bindings(SHORT_PROMISES),
     "optimizer_step.short": lambda: optimizer_step(
@@ -110,5 +124,5 @@ def with_tables(text):
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(with_tables(page.read_text()))
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text()))

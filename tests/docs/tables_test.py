@@ -1,0 +1,189 @@
+"""Tables and sentences of the documents agree with the files of results."""
+
+import re
+import statistics
+
+import numpy as np
+import pytest
+
+from benchmarks.study import trust_ratios
+from tests.docs import tables
+from tests.docs.tables import read_result
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
+    """`python -m tests.docs.tables` writes them again."""
+    text = page.read_text()
+    assert tables.with_tables(text) == text
+
+
+def test_every_table_is_shown_once():
+    found = [
+        name
+        for page in tables.PAGES
+        for name in tables.MARKED.findall(page.read_text())
+    ]
+    assert sorted(found) == sorted(tables.TABLES)
+
+
+def study(name, network):
+    """Returns `{batch: {recipe: mean top-1}}`."""
+    found = {}
+    for cell in read_result(name)["cells"]:
+        if cell["network"] == network:
+            row = found.setdefault(cell["batch"], {})
+            row[cell["recipe"]] = cell["mean_top1"]
+    return found
+
+
+def ahead(row, recipe="lars_scaled"):
+    """Returns by how many points a recipe is above the better SGD."""
+    return row[recipe] - max(row["sgd"], row["sgd_linear"])
+
+
+def sentences_on_accuracy():
+    plain = study("large_batch.json", "alexnet")
+    normed = study("large_batch.json", "resnet")
+    best_sgd = max(plain[8192]["sgd"], plain[8192]["sgd_linear"])
+    most = max(ahead(row) for row in normed.values())
+    yield "README.md", f"reaches {plain[8192]['lars_scaled']:.1f} % top-1"
+    yield "README.md", f"of two SGD recipes reaches {best_sgd:.1f} %"
+    yield "README.md", f"SGD keeps up within {most:.1f} points"
+
+    page = "docs/large_batch.md"
+    points = {batch: f"{ahead(row):.0f}" for batch, row in plain.items()}
+    yield (
+        page,
+        f"It is {points[1024]} points above the better SGD at 1,024, "
+        f"{points[4096]} at 4,096, {points[8192]} at 8,192, "
+        f"{points[16384]} at 16,384 and {points[32768]} at 32,768",
+    )
+    points = {batch: f"{ahead(row):.1f}" for batch, row in normed.items()}
+    yield (
+        page,
+        f"is {points[4096]} points above the better SGD at 4,096, "
+        f"{points[8192]} at 8,192, {points[16384]} at 16,384 and "
+        f"{points[32768]} at 32,768",
+    )
+    usual = {batch: f"{ahead(row, 'lars'):.0f}" for batch, row in plain.items()}
+    yield (
+        page,
+        f"it is {usual[8192]} points better at 8,192 and {usual[16384]} at",
+    )
+    runs = read_result("large_batch.json")["runs"]
+    yield page, f"They have {len(runs)} runs"
+
+    small = [
+        study("large_batch_small.json", name) for name in ("alexnet", "resnet")
+    ]
+    at_256 = [row[256]["lars_scaled"] - row[256]["sgd_linear"] for row in small]
+    at_4096 = [ahead(row[4096]) for row in small]
+    yield page, f"It is {at_256[0]:.1f} and {at_256[1]:.1f} points above SGD"
+    yield page, f"it is {at_4096[0]:.0f} and {at_4096[1]:.0f} points above the"
+
+
+def sentences_on_the_demo():
+    lines = (tables.RESULTS / "demo_seeds.jsonl").read_text().splitlines()
+    seeds = [tables.json.loads(line)["top1"] for line in lines]
+    result = read_result("demo.json")
+    yield "README.md", f"is {statistics.mean(seeds):.2f} %"
+    yield "README.md", f'"top1": {result["top1"]}'
+    yield "docs/training_jobs.md", ", ".join(map(str, seeds)) + " %"
+    for page in ("README.md", "docs/training_jobs.md"):
+        yield page, f'"global_batch_size": {result["global_batch_size"]}'
+    yield (
+        "docs/training_jobs.md",
+        f'"steps": {result["steps"]}, "epochs": {result["epochs"]}',
+    )
+
+
+def spread(values, digits=2):
+    median, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{median} ({low} to {high})"
+
+
+def sentences_on_speed():
+    gloo = {
+        line["way"]: line["ratio"][0]
+        for line in read_result("allreduce.json")["Gloo, 2 ranks"]["results"]
+    }
+    yield "README.md", f"takes {gloo['DistributedOptimizer']:.2f} times as long"
+
+    def speed_up(name, key):
+        lines = read_result(name)[key]["results"]
+        return next(
+            line["speed_up"]["all"]
+            for line in lines
+            if line["accumulation"] == 8
+        )
+
+    yield (
+        "README.md",
+        f"{speed_up('scaling.json', 'MPI, 2 ranks')[0]:.2f} times as fast as "
+        "one over MPI, and "
+        f"{speed_up('scaling.json', 'Gloo, 2 ranks')[0]:.2f} times",
+    )
+    page = "docs/performance.md"
+    earlier = speed_up("scaling_accumulation_8.json", "Gloo, 2 ranks")
+    yield page, f"Gloo had {spread(earlier)}"
+    spinning = speed_up("scaling_mpi_spinning.json", "MPI, 2 ranks")
+    yield page, f"are only {spread(spinning)} times as fast as one"
+    with_xla = next(
+        line for line in read_result("xla_step.json")["results"] if line["xla"]
+    )
+    yield page, f"{spread(with_xla['ratio'])} of the speed without it"
+    ratios = read_result("input_pipeline.json")[
+        "ratio_to_fused_decode_and_crop"
+    ]
+    yield (
+        "docs/imagenet.md",
+        f"The pipeline reaches {ratios['ours, minimal'][0]}.",
+    )
+
+
+def sentences_on_ratios():
+    result = read_result("trust_ratios.json")
+    page = "docs/optimizer.md"
+    lines = result["first_step"]["batches"][-1]["variables"]
+    of = {
+        kind: {
+            line["layer"]: line["ratio"]
+            for line in lines
+            if line["kind"] == kind
+        }
+        for kind in ("kernel", "bias")
+    }
+    lowest, highest = (
+        choose(of["kernel"], key=of["kernel"].get) for choose in (min, max)
+    )
+    yield (
+        page,
+        f"is {of['kernel'][lowest]:.1f} ({lowest}) to "
+        f"{of['kernel'][highest]:.0f} ({highest})",
+    )
+    biases = [ratio for ratio in of["bias"].values() if ratio]
+    yield page, f"zero have {min(biases):.0f} to {max(biases):,.0f}"
+    factors = [
+        trust_ratios.paper_ratio(line) / line["ratio"]
+        for line in lines
+        if line["kind"] == "kernel"
+    ]
+    yield page, f"have {min(factors):.1f} to {max(factors):.0f} times these"
+    course = np.array(list(result["course"]["ratios"].values()))
+    spreads = course.max(axis=0) / course.min(axis=0)
+    yield page, f"is {min(spreads):.1f} to {max(spreads):.0f} times the lowest"
+
+
+SENTENCES = [
+    *sentences_on_accuracy(),
+    *sentences_on_the_demo(),
+    *sentences_on_speed(),
+    *sentences_on_ratios(),
+]
+
+
+@pytest.mark.parametrize(("page", "sentence"), SENTENCES)
+def test_sentences_are_those_of_the_results(page, sentence):
+    text = re.sub(r"\s+", " ", (tables.ROOT / page).read_text())
+    assert sentence in text
