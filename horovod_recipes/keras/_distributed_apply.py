@@ -95,6 +95,8 @@ class DistributedApply:
         finally:
             self._held_back = None
 
+    # Converting this and Keras's code would slow down a user's tf.function.
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, grads, trainable_variables=None):
         grads = list(grads)
         if self._held_back is not None:

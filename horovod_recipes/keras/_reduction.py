@@ -68,6 +68,8 @@ class GradientReduction:
     def is_local(self, variable):
         return variable_key(variable) in self._local_keys
 
+    # Converting Horovod's code would take seconds in a user's tf.function.
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, grads, variables):
         """Returns the reduced gradients, one per variable; None stays None.
 

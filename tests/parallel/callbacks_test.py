@@ -1,4 +1,4 @@
-"""Broadcast, collectives and averaged statistics, on two ranks."""
+"""Callbacks that broadcast and average weights, and simple collectives."""
 
 import keras
 import numpy as np
@@ -6,22 +6,9 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
-
-
-def values_of_all_ranks(variables):
-    return hvd.allgather_object([np.asarray(v.numpy()) for v in variables])
-
-
-def test_broadcast_of_every_dtype():
-    dtypes = ["float32", "float16", "bfloat16", "int64", "uint32", "bool"]
-    variables = [
-        keras.Variable([hvd.rank(), 1], dtype=dtype, trainable=False)
-        for dtype in dtypes
-    ]
-    hvd.broadcast_variables(variables, root_rank=1)
-    for variable, dtype in zip(variables, dtypes, strict=True):
-        assert variable.dtype == dtype
-        np.testing.assert_array_equal(variable.numpy().astype(int), [1, 1])
+from tests.parallel.common import arrays_of_ranks
+from tests.parallel.common import assert_same_on_all_ranks
+from tests.parallel.common import of_rank
 
 
 def test_broadcast_covers_optimizer_but_not_seeds():
@@ -39,15 +26,13 @@ def test_broadcast_covers_optimizer_but_not_seeds():
     callback.set_model(model)
     callback.on_train_begin()
 
-    first, second = values_of_all_ranks(model.weights)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
-    for values in values_of_all_ranks(model.optimizer.variables):
+    assert_same_on_all_ranks(model.weights)
+    for values in arrays_of_ranks(model.optimizer.variables):
         for value in values:
             np.testing.assert_array_equal(value, np.full(value.shape, 4))
     seeds = [v for v in model.variables if "seed" in v.path]
     assert len(seeds) == 1
-    first, second = values_of_all_ranks(seeds)
+    first, second = arrays_of_ranks(seeds)
     assert (first[0] != second[0]).any()
 
 
@@ -67,9 +52,7 @@ def test_broadcast_waits_for_a_model_without_an_input_shape():
     )
     variables = model.weights + model.optimizer.variables
     assert len(variables) == 4 + 2 + 4
-    first, second = values_of_all_ranks(variables)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_on_all_ranks(variables)
 
 
 def test_broadcast_leaves_local_variables():
@@ -102,7 +85,7 @@ def test_collectives_take_numbers_and_arrays():
     np.testing.assert_array_equal(gathered, [0, 1, 1])
     np.testing.assert_array_equal(hvd.broadcast([rank, 7], 1), [1, 7])
     scattered = hvd.reducescatter(np.array([1.0, 3.0]) * (1 + rank))
-    np.testing.assert_array_equal(scattered, [[1.5], [4.5]][rank])
+    np.testing.assert_array_equal(scattered, of_rank([1.5], [4.5]))
 
 
 def test_batch_norm_statistics_are_averaged():
@@ -125,7 +108,7 @@ def test_batch_norm_statistics_are_averaged():
         ],
     )
     bn = model.get_layer("bn")
-    for values in values_of_all_ranks([bn.moving_mean, bn.moving_variance]):
+    for values in arrays_of_ranks([bn.moving_mean, bn.moving_variance]):
         np.testing.assert_allclose(values, [[4.0], [5.0]], rtol=1e-6)
 
 

@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 
 import horovod_recipes.keras as hvd
+from tests.parallel.common import of_rank
 
 
 class Prescribed(keras.callbacks.Callback):
-    """Makes the weight the epoch's number, and the loss 3, 1, 2."""
+    """Sets the weight to the epoch's number, and the loss to 3, 1, 2."""
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.set_weights([np.full((1, 1), epoch)])
-        # Another order on rank 1, which does not judge.
-        logs["val_loss"] = [3.0, 1.0, 2.0][epoch - hvd.rank()]
+        # Rank 1 has another order, which must not matter.
+        logs["val_loss"] = of_rank([3.0, 1.0, 2.0], [2.0, 3.0, 1.0])[epoch]
 
 
 def fit(callback):
@@ -54,7 +55,7 @@ def test_weights_alone(shared_folder):
     if hvd.rank() == 0:
         callback.filepath = str(shared_folder / "best.weights.h5")
     model = fit(callback)
-    hvd.broadcast_object(None, root_rank=0)  # Saved by now.
+    hvd.broadcast_object(None, root_rank=0)  # Wait until rank 0 has saved.
     model.load_weights(shared_folder / "best.weights.h5")
     np.testing.assert_array_equal(model.get_weights(), [[[0.0]]])
 
@@ -63,7 +64,7 @@ def test_errors_reach_every_rank(shared_folder):
     callback = hvd.callbacks.BestModelCheckpoint()
     with pytest.raises(ValueError, match=r"ends in \.keras\. .*None"):
         fit(callback)
-    # hvd.load_model would refuse its optimizer.
+    # Keras cannot restore the optimizer of an .h5 file.
     callback.filepath = str(shared_folder / "best.h5")
     with pytest.raises(ValueError, match=r"ends in \.keras\. .*best\.h5"):
         fit(callback)

@@ -1,5 +1,9 @@
-"""Tests for all ranks: horovodrun -np 2 python -m pytest tests/parallel."""
+"""Fixtures of all parallel tests, which need two ranks.
 
+horovodrun -np 2 python -m pytest tests/parallel
+"""
+
+import keras
 import pytest
 
 import horovod_recipes.keras as hvd
@@ -25,3 +29,11 @@ def shared_folder(tmp_path_factory):
     """A new folder that is the same for all ranks."""
     folder = tmp_path_factory.mktemp("shared") if hvd.rank() == 0 else None
     return hvd.broadcast_object(folder, root_rank=0)
+
+
+@pytest.fixture
+def _mixed_float16():
+    """The global dtype policy is mixed_float16 during the test."""
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy("float32")

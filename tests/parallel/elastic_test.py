@@ -9,13 +9,21 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.keras._watchdog import is_lost_rank
 from keras_lars import LARS
+from tests.parallel.common import arrays_of_ranks
 
 EXAMPLES = 20
 
 
-def create_model(seed, passes=1):
+def create_state(**values):
+    """Returns the state of a small model, with these values."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    compile_model(model, keras.optimizers.SGD(0.1))
+    return hvd.elastic.KerasState(model, **values)
+
+
+def create_full_state(seed=0, **values):
+    """Returns a state with batch norm, dropout and LARS."""
     keras.utils.set_random_seed(seed)
     model = keras.Sequential(
         [
@@ -26,20 +34,20 @@ def create_model(seed, passes=1):
             keras.layers.Dense(3),
         ]
     )
+    compile_model(model, LARS(2.0))
+    return hvd.elastic.KerasState(model, **values)
+
+
+def compile_model(model, optimizer):
     model.compile(
-        hvd.DistributedOptimizer(LARS(2.0), backward_passes_per_step=passes),
+        hvd.DistributedOptimizer(optimizer),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
-    return model
-
-
-def create_state(seed=0, passes=1, **values):
-    return hvd.elastic.KerasState(create_model(seed, passes), **values)
 
 
 def batches(number):
-    """Returns a dataset of batches of 2, other ones on each rank."""
+    """Returns a dataset of batches of 2, different on each rank."""
     rng = np.random.default_rng(hvd.rank())
     x = rng.normal(size=(2 * number, 4)).astype("float32")
     y = np.arange(2 * number) % 3
@@ -68,7 +76,7 @@ def are_equal(first, second):
 
 
 def test_restore_is_bit_equal_to_the_last_commit():
-    state = create_state(batch=0, notes=[])
+    state = create_full_state(batch=0, notes=[])
     state.sync()
     fit(state, 2)
     state.batch = 2
@@ -79,14 +87,14 @@ def test_restore_is_bit_equal_to_the_last_commit():
     fit(state, 3)
     state.batch = 5
     state.notes.append("lost")
-    # Weights, statistics, masks, momentum, iterations: all have gone on.
+    # Weights, statistics, masks, momentum and iterations have changed.
     changed = are_equal(values(state), committed)
     assert changed.count(False) >= 10
     state.restore()
     assert all(are_equal(values(state), committed))
     assert (state.batch, state.notes) == (2, ["committed"])
 
-    # The same steps from there give the same weights, masks included.
+    # The same steps from there give the same weights and masks.
     fit(state, 3)
     first = values(state)
     state.restore()
@@ -95,17 +103,17 @@ def test_restore_is_bit_equal_to_the_last_commit():
 
 
 def test_sync_gives_all_ranks_the_state_of_the_first():
-    state = create_state(
+    state = create_full_state(
         seed=hvd.rank(), batch=20 + hvd.rank(), epoch=10 + hvd.rank()
     )
-    weights = hvd.allgather_object(state.model.get_weights())
+    weights = arrays_of_ranks(state.model.weights)
     assert not all(are_equal(*weights))
     state.sync()
-    synced = hvd.allgather_object(state.model.get_weights())
+    synced = arrays_of_ranks(state.model.weights)
     assert all(are_equal(synced[0], synced[1]))
     assert all(are_equal(synced[0], weights[0]))
     assert (state.batch, state.epoch) == (20, 10)
-    # It is what a restore goes back to.
+    # A restore gives this state.
     state.batch = 25
     state.model.set_weights([w + 1 for w in state.model.get_weights()])
     state.restore()
@@ -113,20 +121,20 @@ def test_sync_gives_all_ranks_the_state_of_the_first():
     assert state.batch == 20
 
 
-def test_sync_takes_a_new_first_rank_for_what_it_is():
-    """Rank 0 has just come; the weights of rank 1 are trained."""
-    state = create_state(seed=hvd.rank(), batch=0)
+def test_sync_does_not_take_the_state_of_a_new_rank_0():
+    """Rank 0 has just joined; the weights of rank 1 are trained."""
+    state = create_full_state(seed=hvd.rank(), batch=0)
     if hvd.rank() == 1:
         state.batch = 7
         state.save()
-    weights = hvd.allgather_object(state.model.get_weights())
+    weights = arrays_of_ranks(state.model.weights)
     state.sync()
     assert all(are_equal(state.model.get_weights(), weights[1]))
     assert state.batch == 7
 
 
 def test_seeds_stay_each_ranks_own():
-    state = create_state(seed=hvd.rank())
+    state = create_full_state(seed=hvd.rank())
     state.sync()
     (seed,) = [
         np.array(v)
@@ -154,11 +162,11 @@ def test_no_commit_within_an_update():
     assert [apply(1.0), apply(2.0), apply(10.0)] == [0.0, -3.0, -3.0]
     state.batch = 3
     state.commit()
-    # It was not kept: the gradient of the third batch waits for a fourth.
+    # The commit did nothing: the third gradient waits for a fourth.
     state.restore()
     assert state.batch == 0
     assert model.get_weights()[0].item() == 0.0
-    # And that gradient has been forgotten.
+    # The restore has discarded that gradient.
     assert [apply(1.0), apply(2.0)] == [0.0, -3.0]
     state.batch = 2
     state.commit()
@@ -168,19 +176,19 @@ def test_no_commit_within_an_update():
 
 
 class Commits(keras.callbacks.Callback):
-    """Notes when a state was committed, and how many updates it had seen."""
+    """Records the commits of a state, each with the number of updates."""
 
     def __init__(self, state):
         super().__init__()
         self.found = []
         commit = state.commit
 
-        def noted():
+        def recorded_commit():
             updates = int(state.optimizer.iterations)
             self.found.append((state.epoch, state.batch, updates))
             commit()
 
-        state.commit = noted
+        state.commit = recorded_commit
 
 
 def elastic_callbacks(state, batches_per_commit):
@@ -191,7 +199,7 @@ def elastic_callbacks(state, batches_per_commit):
     ]
 
 
-def test_fit_commits_every_so_many_batches_and_at_the_end_of_an_epoch():
+def test_fit_commits_every_few_batches_and_at_the_end_of_an_epoch():
     state = create_state(batch=0, epoch=0)
     commits = Commits(state)
     fit(state, 5, elastic_callbacks(state, 2), epochs=2)
@@ -207,11 +215,11 @@ def test_default_is_a_commit_after_each_batch():
     callbacks = elastic_callbacks(state, 1)
     callbacks[2] = hvd.elastic.CommitStateCallback(state)
     fit(state, 3, callbacks)
-    # The last one is that of the epoch.
+    # The last commit is the epoch's.
     assert commits.found == [(0, 1, 1), (0, 2, 2), (1, 0, 3)]
 
 
-def test_first_epoch_is_shorter_by_the_batches_that_are_done():
+def test_first_epoch_leaves_out_finished_batches():
     state = create_state(batch=3, epoch=4)
     commits = Commits(state)
     fit(state, 5, elastic_callbacks(state, 1), epochs=2)
@@ -234,27 +242,17 @@ def test_an_early_stop_in_the_shorter_epoch_counts():
 
 def test_commits_with_steps_per_execution():
     state = create_state(batch=0, epoch=0)
-    state.model.compile(
-        state.optimizer,
-        state.model.loss,
-        jit_compile=False,
-        steps_per_execution=2,
-    )
+    state.model.steps_per_execution = 2
     commits = Commits(state)
     fit(state, 6, elastic_callbacks(state, 2))
     assert commits.found == [(0, 2, 2), (0, 4, 4), (1, 0, 6)]
 
 
 def test_more_batches_than_the_sampler_has_are_an_error():
-    """Keras makes 6 steps of 5: fit would take the sixth for the data's end."""
+    """Keras makes 6 steps instead of 5. fit would end at the sixth."""
     sampler = hvd.elastic.ElasticSampler(10, 2)
     state = create_state(batch=0, epoch=0, sampler=sampler)
-    state.model.compile(
-        state.optimizer,
-        state.model.loss,
-        jit_compile=False,
-        steps_per_execution=2,
-    )
+    state.model.steps_per_execution = 2
     message = "steps_per_epoch` of fit must be the sampler's, 5, and `steps_per"
     with pytest.raises(ValueError, match=message):
         fit(state, 5, elastic_callbacks(state, 1), epochs=2)
@@ -262,11 +260,11 @@ def test_more_batches_than_the_sampler_has_are_an_error():
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_sampler_deals_out_every_example_once(shuffle):
+def test_sampler_distributes_every_example_once(shuffle):
     sampler = hvd.elastic.ElasticSampler(11, 4, shuffle=shuffle, seed=3)
     assert sampler.steps_per_epoch == 3
-    dealt = sampler.batches()
-    shares = [next(dealt) for _ in range(6)]
+    batches = sampler.batches()
+    shares = [next(batches) for _ in range(6)]
     all_shares = hvd.allgather_object(shares)
     # Batches of 4, 4 and 3, split among the ranks.
     assert [len(s) for s in all_shares[0]] == [2, 2, 2] * 2
@@ -280,12 +278,12 @@ def test_sampler_deals_out_every_example_once(shuffle):
     assert np.array_equal(*epochs) != shuffle
 
 
-def test_sampler_goes_on_with_what_is_left_after_a_commit():
+def test_sampler_continues_with_what_is_left_after_a_commit():
     sampler = hvd.elastic.ElasticSampler(EXAMPLES, 6)
     state = create_state(sampler=sampler)
     state.sync()
-    dealt = sampler.batches()
-    whole = [next(dealt) for _ in range(4)]
+    batches = sampler.batches()
+    whole = [next(batches) for _ in range(4)]
     for _ in range(2):
         sampler.record_batch()
     state.commit()
@@ -297,7 +295,7 @@ def test_sampler_goes_on_with_what_is_left_after_a_commit():
         "never_used": 10,
         "used_again": 0,
     }
-    # The third batch was lost, and is dealt out again.
+    # The third batch was lost, so the sampler distributes it again.
     rest = sampler.batches()
     for expected in whole[2:]:
         np.testing.assert_array_equal(next(rest), expected)
@@ -310,11 +308,11 @@ def test_sampler_goes_on_with_what_is_left_after_a_commit():
 
 
 def test_sampler_finds_an_example_that_two_ranks_have_used():
-    """Counts come from what each rank has recorded, not from the plan."""
+    """It counts the records of each rank, not its own plan."""
     sampler = hvd.elastic.ElasticSampler(4, 4, shuffle=False, seed=0)
     other = hvd.elastic.ElasticSampler(4, 4, shuffle=True, seed=5)
     mine = other if hvd.rank() == 1 else sampler
-    # Rank 0 has used 0 and 1; rank 1 those of another order.
+    # Rank 0 has used 0 and 1; rank 1 has another order.
     mine.record_batch()
     used = hvd.allgather_object(next(mine.batches()))
     assert list(used[0]) == [0, 1]
@@ -332,14 +330,14 @@ def test_fit_accounts_for_every_example():
     features = tf.random.stateless_normal((EXAMPLES, 4), [0, 0])
     taken = []
 
-    def noted():
+    def recorded_batches():
         taken.append([])
         for indices in sampler.batches():
             taken[-1].append(indices)
             yield indices
 
     dataset = tf.data.Dataset.from_generator(
-        noted, output_signature=tf.TensorSpec([None], tf.int64)
+        recorded_batches, output_signature=tf.TensorSpec([None], tf.int64)
     )
     state.model.fit(
         dataset.map(lambda i: (tf.gather(features, i), i % 3)),
@@ -353,7 +351,7 @@ def test_fit_accounts_for_every_example():
         {"epoch": e, "used_once": 20, "never_used": 0, "used_again": 0}
         for e in (0, 1)
     ]
-    # What fit has taken; before it there was a look at the first batch alone.
+    # Keras has looked at the first batch alone before.
     batches_of_fit = taken[-1][: 2 * sampler.steps_per_epoch]
     batches_of_ranks = hvd.allgather_object(batches_of_fit)
     used = np.concatenate([b for batches in batches_of_ranks for b in batches])
@@ -395,7 +393,7 @@ def test_other_errors_are_not_swallowed():
     assert len(starts) == 1
 
 
-def test_errors_of_horovods_operations_are_told_from_others():
+def test_errors_of_horovods_operations_are_recognised():
     message = "[gloo/transport/tcp/pair.cc:589] Read error"
     stack = '  File "/site-packages/horovod_recipes/train.py", in horovod_main'
     for text, expected in [
@@ -405,9 +403,9 @@ def test_errors_of_horovods_operations_are_told_from_others():
         (f"{stack}\n{message}", False),
     ]:
         error = tf.errors.UnknownError(None, None, text)
-        assert is_lost_rank(error) is expected, text
-    # Ranks that disagree about a shape will do so again.
-    assert not is_lost_rank(
+        assert hvd.callbacks.is_lost_rank(error) is expected, text
+    # Ranks with different shapes would fail again.
+    assert not hvd.callbacks.is_lost_rank(
         tf.errors.FailedPreconditionError(None, None, "HorovodAllreduce")
     )
 

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from tests.parallel.common import of_rank
 
 
 def create_model():
@@ -28,13 +29,18 @@ def gradients_of(model, ids, **arguments):
     return tape.gradient(loss, model.trainable_variables)
 
 
-@pytest.mark.parametrize("wrap", [tf.function, lambda f: f], ids=["graph", ""])
-def test_gradients_are_those_of_all_examples(wrap):
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
+def test_gradients_are_those_of_all_examples(graph):
     model = create_model()
     ids = np.random.default_rng(0).integers(5, size=(8, 3))
-    own = tf.constant(ids[hvd.rank() * 4 :][:4])
-    first, *groups = model.trainable_variables
-    ours = wrap(gradients_of)(model, own, groups=[[first], groups])
+    first, *others = model.trainable_variables
+
+    def gradients_of_ranks(ids):
+        return gradients_of(model, ids, groups=[[first], others])
+
+    if graph:
+        gradients_of_ranks = tf.function(gradients_of_ranks)
+    ours = gradients_of_ranks(tf.constant(of_rank(ids[:4], ids[4:])))
     expected = gradients_of(model, tf.constant(ids))
     for a, b in zip(ours, expected, strict=True):
         assert type(a) is type(b)
@@ -43,26 +49,26 @@ def test_gradients_are_those_of_all_examples(wrap):
         )
 
 
-def test_local_sources_and_the_tape_that_was_wrapped():
+def test_local_sources_and_the_wrapped_tape():
     shared, local = keras.Variable(1.0), keras.Variable(1.0)
     with tf.GradientTape(persistent=True) as tape:
-        loss = (1.0 + 2.0 * hvd.rank()) * (shared.value + local.value)
+        loss = of_rank(1.0, 3.0) * (shared.value + local.value)
     distributed = hvd.DistributedGradientTape(tape)
     assert isinstance(distributed, tf.GradientTape)
     distributed.register_local_source(local)
     local_pairs, global_pairs = distributed.get_local_and_global_gradients(
         loss, [shared, local]
     )
-    own = 1.0 + 2.0 * hvd.rank()
+    own = of_rank(1.0, 3.0)
     assert [(v, float(g)) for v, g in local_pairs] == [(local, own / 2)]
     assert [(v, float(g)) for v, g in global_pairs] == [(shared, 2.0)]
     assert float(tape.gradient(loss, shared)) == own
 
 
-def test_tape_that_is_wrapped_before_it_records():
+def test_tape_may_be_wrapped_before_it_records():
     variable = keras.Variable(1.0)
     with hvd.DistributedGradientTape(tf.GradientTape(), op=hvd.Sum) as tape:
-        loss = (1.0 + 2.0 * hvd.rank()) * variable.value
+        loss = of_rank(1.0, 3.0) * variable.value
     assert float(tape.gradient(loss, variable)) == 4.0
 
 

@@ -7,13 +7,14 @@ import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 from keras_lars import LARS
+from tests.parallel.common import of_rank
 
 Schedule = hvd.callbacks.LearningRateScheduleCallback
 Warmup = hvd.callbacks.LearningRateWarmupCallback
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps the learning rate and the weights after each step."""
+    """Records the learning rate and the weights after each step."""
 
     def __init__(self):
         super().__init__()
@@ -25,8 +26,7 @@ class Recorder(keras.callbacks.Callback):
         self.weights.append(self.model.get_weights()[0][:, 0])
 
 
-# The gradient of the loss is the mean of the inputs: of each step, rank 0's
-# are the first row of a pair, rank 1's the second.
+# Inputs by step and rank. The gradient of a step is the mean of its inputs.
 INPUTS = np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
 GRADIENTS = INPUTS.mean(1)
 FIRST_WEIGHTS = np.array([0.5, -1.0, 2.0])
@@ -67,8 +67,8 @@ def train(optimizer, callback, epochs=1, passes=1, **compile_arguments):
 
 
 def assert_on_every_rank(values, expected):
-    for of_rank in hvd.allgather_object(values):
-        np.testing.assert_allclose(of_rank, expected, rtol=1e-5, atol=1e-7)
+    for of_one_rank in hvd.allgather_object(values):
+        np.testing.assert_allclose(of_one_rank, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_warmup_ends_at_the_initial_rate(capsys):
@@ -79,7 +79,7 @@ def test_warmup_ends_at_the_initial_rate(capsys):
     assert_on_every_rank(recorder.rates, [*expected, *[0.8] * 6])
     assert_on_every_rank(recorder.logged, [0.6, 0.8, 0.8])
     line = "\nEpoch 2: finished gradual learning rate warmup to 0.8.\n"
-    assert capsys.readouterr().out == [line, ""][hvd.rank()]
+    assert capsys.readouterr().out == of_rank(line, "")
 
 
 def test_warmup_with_several_steps_per_execution():
@@ -94,7 +94,7 @@ def test_warmup_with_several_steps_per_execution():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        # A float is the base of a power, counted from the start epoch.
+        # A float is the base of a power.
         (
             {"multiplier": 0.5, "start_epoch": 1, "end_epoch": 3},
             [5.0] * 6 + [2.0] * 6 + [1.0] * 12,
@@ -139,7 +139,7 @@ def rates_of_steps(epoch):
 
 
 def corrected_momentum(step, passes=1):
-    """As Horovod defines it, over all micro-batches of an update."""
+    """Returns Horovod's corrected momentum of an update."""
     last = RATES[step * passes - 1] if step else 7.0
     return MOMENTUM * RATES[step * passes + passes - 1] / last
 
@@ -208,7 +208,7 @@ def lars(**arguments):
         ),
         (lars, {}, lars_by_hand()),
         (lambda: lars(jit_compile=False), {}, lars_by_hand()),
-        # Its velocity does not hold the learning rate.
+        # Its velocity does not contain the learning rate.
         (
             lambda: lars(momentum_style="pytorch"),
             {},
@@ -269,14 +269,15 @@ class Heavy(keras.optimizers.SGD):
         super().update_step(2 * gradient, variable, learning_rate)
 
 
-def test_what_cannot_be_done_is_an_error_before_the_first_step():
-    with pytest.raises(ValueError, match=r"momentum of Heavy .* is not known"):
+def test_errors_come_before_the_first_step():
+    with pytest.raises(
+        ValueError, match=r"not known how the momentum of Heavy"
+    ):
         train(Heavy(0.1, momentum=0.9), Schedule(1.0, 0.5))
-    # Without momentum, or asked not to, there is nothing to correct.
-    train(Heavy(0.1), Schedule(0.1, 0.5))
-    train(
-        Heavy(0.1, momentum=0.9), Schedule(0.1, 0.5, momentum_correction=False)
-    )
+    # Without momentum there is nothing to correct.
+    train(Heavy(0.1), Schedule(0.1, 0.5), run_eagerly=True)
+    uncorrected = Schedule(0.1, 0.5, momentum_correction=False)
+    train(Heavy(0.1, momentum=0.9), uncorrected, run_eagerly=True)
 
     decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     with pytest.raises(ValueError, match=r"not a schedule\. Received: SGD\("):

@@ -1,4 +1,4 @@
-"""load_model on two ranks: training goes on where it was saved."""
+"""load_model on two ranks: training continues from the saved state."""
 
 import keras
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from tests.parallel.common import assert_same_on_all_ranks
 
 
 class HalfSGD(keras.optimizers.SGD):
@@ -20,7 +21,7 @@ def half_squared_error(labels, outputs):
 
 
 def examples(part):
-    """Returns this rank's 8 examples of 16, others for each part."""
+    """Returns this rank's 8 of 16 examples. Each part has its own."""
     rng = np.random.default_rng(part)
     x = rng.normal(size=(2, 8, 4)).astype("float32")[hvd.rank()]
     return x, x[:, :2] * (1 + hvd.rank())
@@ -48,19 +49,18 @@ def saved_and_loaded(model, folder, **arguments):
     return hvd.load_model(path, **arguments)
 
 
-def assert_goes_on_as(loaded, model):
-    """Both train on, as one, and alike on both ranks."""
+def assert_trains_as(loaded, model):
+    """Trains both models, and compares them and the ranks."""
     fit(loaded, part=1)
     fit(model, part=1)
-    first, second = hvd.allgather_object(loaded.get_weights())
-    for ours, other, expected in zip(
-        first, second, model.get_weights(), strict=True
+    assert_same_on_all_ranks(loaded.weights)
+    for ours, expected in zip(
+        loaded.get_weights(), model.get_weights(), strict=True
     ):
-        np.testing.assert_array_equal(ours, other)
         np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
-def test_training_goes_on_with_the_momentum(tmp_path):
+def test_training_continues_with_the_momentum(tmp_path):
     model = create_model(keras.optimizers.SGD(0.1, momentum=0.9))
     fit(model, part=0)
     loaded = saved_and_loaded(model, tmp_path)
@@ -69,7 +69,7 @@ def test_training_goes_on_with_the_momentum(tmp_path):
         loaded.optimizer.variables, model.optimizer.variables, strict=True
     ):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
-    assert_goes_on_as(loaded, model)
+    assert_trains_as(loaded, model)
 
 
 def test_custom_optimizer_and_loss(tmp_path):
@@ -82,7 +82,7 @@ def test_custom_optimizer_and_loss(tmp_path):
         custom_objects={"half_squared_error": half_squared_error},
     )
     assert type(loaded.optimizer) is HalfSGD
-    assert_goes_on_as(loaded, model)
+    assert_trains_as(loaded, model)
 
 
 def test_compression_is_that_of_the_optimizer(tmp_path):
@@ -96,29 +96,23 @@ def test_compression_is_that_of_the_optimizer(tmp_path):
     assert all(np.all(-v.numpy() == expected) for v in variables)
 
 
+@pytest.mark.usefixtures("_mixed_float16")
 def test_mixed_float16(tmp_path):
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        model = create_model(keras.optimizers.SGD(0.1))
-        fit(model, part=0)
-        loaded = saved_and_loaded(model, tmp_path)
-        assert type(loaded.optimizer) is keras.optimizers.LossScaleOptimizer
-        scale = float(loaded.optimizer.dynamic_scale)
-        # One rank's infinity: both skip, and both halve the scale.
-        x, y = examples(part=0)
-        if hvd.rank() == 1:
-            x[3, 3] = np.inf
-        loaded.fit(x[:4], y[:4], batch_size=4, verbose=0)
-        for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
-        assert float(loaded.optimizer.dynamic_scale) == scale / 2
-        fit(model, part=1)
-        fit(loaded, part=1)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    first, second = hvd.allgather_object(loaded.get_weights())
-    for a, b in zip(first, second, strict=True):
+    model = create_model(keras.optimizers.SGD(0.1))
+    fit(model, part=0)
+    loaded = saved_and_loaded(model, tmp_path)
+    assert type(loaded.optimizer) is keras.optimizers.LossScaleOptimizer
+    scale = float(loaded.optimizer.dynamic_scale)
+    # An infinity on rank 1 makes both ranks skip and halve the scale.
+    x, y = examples(part=0)
+    if hvd.rank() == 1:
+        x[3, 3] = np.inf
+    loaded.fit(x[:4], y[:4], batch_size=4, verbose=0)
+    for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert float(loaded.optimizer.dynamic_scale) == scale / 2
+    fit(loaded, part=1)
+    assert_same_on_all_ranks(loaded.weights)
 
 
 def test_model_that_was_not_compiled(tmp_path):

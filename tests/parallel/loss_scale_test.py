@@ -1,4 +1,4 @@
-"""Infinities of one rank under mixed_float16: all ranks skip together."""
+"""All ranks skip a step together under mixed_float16."""
 
 import keras
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from tests.parallel.common import of_rank
 
 SCALE = 4.0
 
@@ -26,9 +27,10 @@ in_any_order = pytest.mark.parametrize("order", ORDERS)
 
 
 def applied(optimizer, gradients, graph=True):
-    """Returns a variable of 1 after `apply` of each gradient, on all ranks.
+    """Applies each gradient to a variable of 1.
 
-    Beside it the loss scale, and the updates that were done.
+    Returns:
+        For each rank the variable, the loss scale and the number of updates.
     """
     variable = keras.Variable([1.0])
     optimizer.build([variable])
@@ -53,8 +55,8 @@ def applied(optimizer, gradients, graph=True):
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_all_ranks_skip_a_step_that_one_cannot_take(order, graph, bad):
-    # At a scale of 4 a gradient of 4 is one of 1; at 2, of 2.
-    gradients = [[4.0, bad, 2.0], [4.0, 4.0, 6.0]][hvd.rank()]
+    # At a scale of 4, a gradient of 4 counts as 1; at a scale of 2, as 2.
+    gradients = of_rank([4.0, bad, 2.0], [4.0, 4.0, 6.0])
     after = applied(ORDERS[order](), gradients, graph)
     assert after == [(1.0 - 0.5 * 1.0 - 0.5 * 2.0, 2.0, 2)] * 2
 
@@ -64,20 +66,20 @@ def test_an_infinity_in_one_micro_batch_skips_the_update(order):
     optimizer = ORDERS[order](
         backward_passes_per_step=2, average_aggregated_gradients=True
     )
-    # Three updates of two micro-batches; the second one is lost.
-    gradients = [
+    # There are three updates of two micro-batches. All skip the second.
+    gradients = of_rank(
         [4.0, 8.0, 4.0, 4.0, 2.0, 4.0],
         [4.0, 8.0, np.inf, 4.0, 2.0, 4.0],
-    ][hvd.rank()]
+    )
     after = applied(optimizer, gradients)
     assert after == [(1.0 - 0.5 * 1.5 - 0.5 * 1.5, 2.0, 2)] * 2
 
 
 @in_any_order
 def test_an_overflow_on_the_way_skips_the_step(order):
-    """Gradients of 1e5, on rank 1 alone, become infinite in float16."""
+    """A gradient of 1e5, on rank 1 alone, becomes infinite in float16."""
     optimizer = ORDERS[order](compression=hvd.Compression.fp16)
-    after = applied(optimizer, [[4.0, 2.0], [1e5, 2.0]][hvd.rank()])
+    after = applied(optimizer, of_rank([4.0, 2.0], [1e5, 2.0]))
     assert after == [(1.0 - 0.5 * 1.0, 2.0, 1)] * 2
 
 
@@ -86,7 +88,7 @@ def test_an_infinity_of_a_local_variable_skips_the_step(order):
     optimizer = ORDERS[order](scale_local_gradients=False)
     shared, local = keras.Variable([1.0]), keras.Variable([1.0])
     optimizer.register_local_var(local)
-    bad = [4.0, np.inf][hvd.rank()]
+    bad = of_rank(4.0, np.inf)
     optimizer.apply([tf.constant([4.0]), tf.constant([bad])], [shared, local])
     optimizer.apply([tf.constant([2.0])] * 2, [shared, local])
     values = [v.numpy().tolist() for v in (shared, local)]
@@ -95,7 +97,7 @@ def test_an_infinity_of_a_local_variable_skips_the_step(order):
 
 
 class Mixed(keras.Model):
-    """A model with the policy mixed_float16, whatever the global one is."""
+    """A model with the policy mixed_float16 under any global policy."""
 
     def __init__(self):
         super().__init__(dtype="mixed_float16")
@@ -107,13 +109,6 @@ class Mixed(keras.Model):
 
     def call(self, inputs):
         return self.dense(inputs)
-
-
-@pytest.fixture
-def mixed_float16():
-    keras.config.set_dtype_policy("mixed_float16")
-    yield
-    keras.config.set_dtype_policy("float32")
 
 
 def fit(model, values):
@@ -149,11 +144,11 @@ EXPECTED = [([[0.75]], 2.0**14, 1)] * 2
 def test_policy_of_the_model_alone(jit_compile):
     optimizer = hvd.DistributedOptimizer(sgd())
     model = Mixed()
-    # It is `compile()` that wraps the optimizer here; the second time anew.
+    # Each call of `compile()` wraps the optimizer again.
     for _ in range(2):
         model.compile(optimizer, "mse", jit_compile=jit_compile)
         assert type(model.optimizer) is keras.optimizers.LossScaleOptimizer
-    fit(model, BAD_THEN_GOOD[hvd.rank()])
+    fit(model, of_rank(*BAD_THEN_GOOD))
     assert after_fit(model, optimizer) == EXPECTED
 
 
@@ -165,16 +160,17 @@ def test_policy_that_is_set_after_the_optimizer_is_made():
         model.compile(optimizer, "mse", run_eagerly=True)
     finally:
         keras.config.set_dtype_policy("float32")
-    fit(model, BAD_THEN_GOOD[hvd.rank()])
+    fit(model, of_rank(*BAD_THEN_GOOD))
     assert after_fit(model, optimizer) == EXPECTED
 
 
 @in_any_order
-def test_global_policy_with_a_loss_scale_of_the_users(order, mixed_float16):
+@pytest.mark.usefixtures("_mixed_float16")
+def test_global_policy_with_a_loss_scale_of_the_users(order):
     optimizer = ORDERS[order]()
     model = Mixed()
     model.compile(optimizer, "mse", jit_compile=False)
-    fit(model, BAD_THEN_GOOD[hvd.rank()])
+    fit(model, of_rank(*BAD_THEN_GOOD))
     assert after_fit(model, optimizer) == [([[0.75]], SCALE / 2, 1)] * 2
 
 
@@ -187,7 +183,7 @@ def test_saved_optimizer_is_plain(order, tmp_path):
     plain = keras.optimizers.deserialize(config)
     assert type(plain) is keras.optimizers.LossScaleOptimizer
     assert type(plain.inner_optimizer) is keras.optimizers.SGD
-    # On this rank alone.
+    # It acts on this rank alone.
     variable = keras.Variable([1.0])
     plain.apply([tf.constant([SCALE * (1.0 + hvd.rank())])], [variable])
     assert variable.numpy()[0] == 0.5 - 0.5 * hvd.rank()

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from tests.parallel.common import of_rank
 
 
 def create_model(metrics=("mae",)):
@@ -26,8 +27,8 @@ def create_model(metrics=("mae",)):
 
 
 def unequal_parts(first=5, second=2, batch_size=2):
-    """Rank 0 holds 0 .. 4, rank 1 holds 5 and 6; targets are 0."""
-    numbers = [np.arange(first), np.arange(first, first + second)][hvd.rank()]
+    """Returns 0 to 4 on rank 0, and 5 and 6 on rank 1; targets are 0."""
+    numbers = of_rank(np.arange(first), np.arange(first, first + second))
     x = numbers.astype("float32")[:, np.newaxis]
     return tf.data.Dataset.from_tensor_slices((x, 0 * x)).batch(batch_size)
 
@@ -50,12 +51,11 @@ def test_evaluate_with_a_rank_that_has_one_example():
 
 def test_exact_metrics_in_fit():
     model = create_model()
-    training = [
-        tf.data.Dataset.from_tensor_slices(([[1.0], [3.0]], [[0.0], [0.0]])),
-        tf.data.Dataset.from_tensor_slices(([[5.0], [7.0]], [[0.0], [0.0]])),
-    ][hvd.rank()].batch(1)
+    x = np.array(of_rank([[1.0], [3.0]], [[5.0], [7.0]]))
     history = model.fit(
-        training,
+        x,
+        0 * x,
+        batch_size=1,
         validation_data=unequal_parts(),
         validation_freq=2,
         epochs=2,
@@ -73,7 +73,7 @@ def test_exact_metrics_in_fit():
         assert ranks_history["val_loss"] == pytest.approx([13.0])
 
 
-# What they cannot be created without.
+# Arguments that these metrics require.
 ARGUMENTS = {
     "IoU": {"num_classes": 3, "target_class_ids": [0, 2]},
     "MeanIoU": {"num_classes": 3},
@@ -85,7 +85,7 @@ ARGUMENTS = {
     "SensitivityAtSpecificity": {"specificity": 0.5},
     "SpecificityAtSensitivity": {"sensitivity": 0.5},
 }
-# Mean and Sum, which take no targets, are the bases of others.
+# Mean and Sum do not take targets. Others are their subclasses.
 KERAS_METRICS = [
     metric(name=name, **ARGUMENTS.get(name, {}))
     for name, metric in vars(keras.metrics).items()
@@ -94,7 +94,7 @@ KERAS_METRICS = [
 
 
 def examples_of(kind):
-    """Predictions and targets of 40 examples and 3 classes."""
+    """Returns predictions and targets of 40 examples and 3 classes."""
     rng = np.random.default_rng(0)
     predictions = rng.dirichlet([1.0, 1.0, 1.0], size=40)
     labels = rng.integers(3, size=(40, 1))
@@ -125,8 +125,8 @@ def test_every_keras_metric_is_that_of_one_process(kind):
     model = keras.Sequential(
         [keras.Input(predictions.shape[1:]), keras.layers.Identity()]
     )
-    model.compile(loss="mse", metrics=metrics_of(kind))
-    mine = [slice(0, 27), slice(27, 40)][hvd.rank()]
+    model.compile(loss="mse", metrics=metrics_of(kind), jit_compile=False)
+    mine = of_rank(slice(0, 27), slice(27, 40))
     results = hvd.evaluate(
         model, predictions[mine], targets[mine], batch_size=4, verbose=0
     )
@@ -135,14 +135,14 @@ def test_every_keras_metric_is_that_of_one_process(kind):
     )
     assert results.keys() == expected.keys()
     for name, value in expected.items():
-        for of_rank in hvd.allgather_object(results[name]):
+        for on_rank in hvd.allgather_object(results[name]):
             np.testing.assert_allclose(
-                of_rank, value, rtol=1e-5, atol=1e-6, err_msg=name
+                on_rank, value, rtol=1e-5, atol=1e-6, err_msg=name
             )
 
 
 def test_losses_of_several_outputs():
-    """Keras's loss of one output is a mean over batches, of 2, 2, 1 and 2."""
+    """Keras's loss of one output is a mean over batches of 2, 2, 1 and 2."""
     inputs = keras.Input((1,))
     model = keras.Model(
         inputs,
@@ -178,7 +178,7 @@ class Largest(keras.metrics.Metric):
 
 
 class Total(keras.metrics.Metric):
-    """A metric of which Keras does not know that its state adds up."""
+    """A custom metric that declares that its state adds up."""
 
     states_add_up = True
 
@@ -194,7 +194,7 @@ class Total(keras.metrics.Metric):
 
 
 class MeanAndLargest(keras.metrics.Mean):
-    """A mean with one more state, which does not add up."""
+    """A mean with an additional state, which does not add up."""
 
     def __init__(self):
         super().__init__(name="mean_and_largest")
@@ -210,7 +210,7 @@ class Half(keras.metrics.Sum):
         return super().update_state(y_pred / 2)
 
 
-def test_metrics_of_ones_own_that_add_up():
+def test_custom_metrics_that_add_up():
     model = create_model([Total(), Half(name="half")])
     results = hvd.evaluate(model, unequal_parts(), verbose=0)
     expected = {"loss": 13.0, "total": 21.0, "mean": 3.0, "half": 10.5}
@@ -234,7 +234,7 @@ def test_metrics_that_do_not_add_up_are_refused():
 
 
 def test_a_rank_without_examples():
-    """A generator, unlike a dataset, tells Keras nothing before it begins."""
+    """Keras cannot look into a generator before it begins."""
 
     class Batches(keras.utils.PyDataset):
         def __len__(self):
@@ -244,26 +244,29 @@ def test_a_rank_without_examples():
             return np.ones((2, 1)), np.zeros((2, 1))
 
     model = create_model()
+    callback = hvd.callbacks.ExactMetrics()
+    callback.set_model(model)
     if hvd.rank() == 0:
         model.evaluate(Batches(), verbose=0)
     with pytest.raises(
         ValueError, match=r"1 example or more\?.*rank 1: \[\(\)"
     ):
-        hvd.callbacks.metrics.global_results(model)
+        callback.on_test_end()
 
 
 def test_metric_average_counts_ranks_alike():
-    logs = [{"b": 1.0, "a": 4.0, "c": np.array([1.0, 2.0])}, {}][hvd.rank()]
-    if hvd.rank() == 1:
-        logs = {"a": 6.0, "b": 0.0, "c": np.array([3.0, 5.0])}
+    logs = of_rank(
+        {"b": 1.0, "a": 4.0, "c": np.array([1.0, 2.0])},
+        {"a": 6.0, "b": 0.0, "c": np.array([3.0, 5.0])},
+    )
     hvd.callbacks.MetricAverageCallback().on_epoch_end(0, logs)
-    for of_rank in hvd.allgather_object(logs):
-        np.testing.assert_array_equal(of_rank.pop("c"), [2.0, 3.5])
-        assert of_rank == {"a": 5.0, "b": 0.5}
+    for on_rank in hvd.allgather_object(logs):
+        np.testing.assert_array_equal(on_rank.pop("c"), [2.0, 3.5])
+        assert on_rank == {"a": 5.0, "b": 0.5}
 
 
 def test_metric_average_in_fit():
-    """Mean absolute values: 2 on rank 0, of 5 examples; 5.5 on rank 1."""
+    """The mean absolute values are 1.5 on rank 0 and 5 on rank 1."""
     history = create_model().fit(
         unequal_parts(first=4, second=3),
         verbose=0,
@@ -273,12 +276,12 @@ def test_metric_average_in_fit():
             hvd.callbacks.MetricAverageCallback(),
         ],
     )
-    for of_rank in hvd.allgather_object(history.history):
-        assert of_rank["mae"] == pytest.approx([(1.5 + 5) / 2])
+    for on_rank in hvd.allgather_object(history.history):
+        assert on_rank["mae"] == pytest.approx([(1.5 + 5) / 2])
 
 
 def test_metric_average_names_logs_that_differ():
-    logs = [{"a": 1.0}, {"b": 1.0}][hvd.rank()]
+    logs = of_rank({"a": 1.0}, {"b": 1.0})
     with pytest.raises(
         ValueError, match=r"rank 0 has \['a'\] and rank 1 has \['b'\]"
     ):

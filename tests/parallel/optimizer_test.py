@@ -1,4 +1,4 @@
-"""DistributedOptimizer on two ranks, against one rank with all the data."""
+"""DistributedOptimizer on two ranks equals one rank with all examples."""
 
 import keras
 import numpy as np
@@ -8,6 +8,10 @@ import tensorflow as tf
 import horovod_recipes.keras as hvd
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
+from tests.parallel.common import arrays_of_ranks
+from tests.parallel.common import assert_same_on_all_ranks
+from tests.parallel.common import largest_difference
+from tests.parallel.common import of_rank
 
 GLOBAL_BATCH = 32
 STEPS = 6
@@ -29,6 +33,7 @@ def create_model(seed, optimizer, batch_norm=False, **compile_arguments):
 
 
 def create_lars(**arguments):
+    """Returns a LARS with a schedule, which XLA compiles unless told not to."""
     schedule = WarmupPolynomialDecay(5.0, total_steps=STEPS, warmup_steps=2)
     return LARS(schedule, weight_decay=1e-3, **arguments)
 
@@ -40,7 +45,7 @@ def examples():
 
 
 def this_ranks_part(micro_batch):
-    """Every rank's share of every global batch, in micro-batches."""
+    """Returns this rank's share of every global batch, in micro-batches."""
     x, y = examples()
     shape = (-1, hvd.size(), GLOBAL_BATCH // hvd.size())
     x = x.reshape(*shape, 8)[:, hvd.rank()].reshape(-1, 8)
@@ -55,15 +60,6 @@ def fit(model, dataset, broadcast=True):
     model.fit(dataset, shuffle=False, verbose=0, callbacks=callbacks)
 
 
-def weights_of_all_ranks(model):
-    return hvd.allgather_object(model.get_weights())
-
-
-def largest_difference(all_weights):
-    first, second = all_weights
-    return max(np.abs(a - b).max() for a, b in zip(first, second, strict=True))
-
-
 @pytest.mark.parametrize(
     "create_optimizer",
     [create_lars, lambda: keras.optimizers.Adam(0.01)],
@@ -75,19 +71,18 @@ def test_weights_are_bit_equal_after_fit(create_optimizer, run_eagerly):
     model = create_model(
         seed=hvd.rank(), optimizer=optimizer, run_eagerly=run_eagerly
     )
-    before = weights_of_all_ranks(model)
-    assert largest_difference(before) > 0.1
+    before = arrays_of_ranks(model.weights)
+    assert largest_difference(*before) > 0.1
     fit(model, this_ranks_part(16))
-    after = weights_of_all_ranks(model)
-    assert largest_difference(after) == 0.0
-    # They have been trained: from rank 0's weights, and away from them.
-    assert largest_difference([before[0], after[0]]) > 1e-3
+    assert_same_on_all_ranks(model.weights)
+    # Training has begun with rank 0's weights and has changed them.
+    assert largest_difference(before[0], model.get_weights()) > 1e-3
 
 
 def test_weights_would_differ_without_averaging():
-    model = create_model(seed=0, optimizer=create_lars())
+    model = create_model(seed=0, optimizer=create_lars(jit_compile=False))
     fit(model, this_ranks_part(16), broadcast=False)
-    assert largest_difference(weights_of_all_ranks(model)) > 1e-4
+    assert largest_difference(*arrays_of_ranks(model.weights)) > 1e-4
 
 
 def test_broadcast_refuses_an_optimizer_that_does_not_average():
@@ -96,31 +91,35 @@ def test_broadcast_refuses_an_optimizer_that_does_not_average():
         fit(model, this_ranks_part(16))
 
 
-@pytest.mark.parametrize("micro_batch", [16, 8])
 @pytest.mark.parametrize(
-    "clipping", [{}, {"clipnorm": 0.05}, {"global_clipnorm": 0.05}], ids=str
+    "arguments",
+    [
+        {},
+        {"clipnorm": 0.05, "jit_compile": False},
+        {"global_clipnorm": 0.05, "jit_compile": False},
+    ],
+    ids=str,
 )
-def test_equals_one_rank_with_the_global_batch(micro_batch, clipping):
-    """2 ranks x 2 micro-batches of 8, or x 1 of 16: as 1 rank with 32."""
-    passes = GLOBAL_BATCH // hvd.size() // micro_batch
-    optimizer = hvd.DistributedOptimizer(
-        create_lars(**clipping),
-        backward_passes_per_step=passes,
-        average_aggregated_gradients=True,
-    )
-    model = create_model(
-        seed=hvd.rank(), optimizer=optimizer, steps_per_execution=passes
-    )
-    fit(model, this_ranks_part(micro_batch))
-
-    alone = create_model(seed=0, optimizer=create_lars(**clipping))
+def test_equals_one_rank_with_the_global_batch(arguments):
+    """2 ranks x 2 micro-batches of 8, or x 1 of 16, equal 1 rank x 32."""
+    alone = create_model(seed=0, optimizer=create_lars(**arguments))
     x, y = examples()
     alone.fit(x, y, batch_size=GLOBAL_BATCH, shuffle=False, verbose=0)
 
-    assert int(optimizer.iterations) == STEPS
-    for a, b in zip(model.get_weights(), alone.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert largest_difference(weights_of_all_ranks(model)) == 0.0
+    for passes in (1, 2):
+        optimizer = hvd.DistributedOptimizer(
+            create_lars(**arguments),
+            backward_passes_per_step=passes,
+            average_aggregated_gradients=True,
+        )
+        model = create_model(
+            seed=hvd.rank(), optimizer=optimizer, steps_per_execution=passes
+        )
+        fit(model, this_ranks_part(GLOBAL_BATCH // hvd.size() // passes))
+        assert int(optimizer.iterations) == STEPS
+        for a, b in zip(model.get_weights(), alone.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert_same_on_all_ranks(model.weights)
 
 
 def applied(optimizer, gradients, initial=(1.0, 1.0)):
@@ -136,7 +135,7 @@ def sgd(**arguments):
 
 
 def test_mean_and_sum_of_gradients():
-    gradient = [[1.0, 2.0], [3.0, 6.0]][hvd.rank()]
+    gradient = of_rank([1.0, 2.0], [3.0, 6.0])
     mean = applied(hvd.DistributedOptimizer(sgd()), [gradient])
     np.testing.assert_allclose(mean, [0.0, -1.0])
     total = applied(hvd.DistributedOptimizer(sgd(), op=hvd.Sum), [gradient])
@@ -157,47 +156,26 @@ def test_accumulated_gradients_are_averaged_or_summed():
 
 
 def test_gradients_are_reduced_before_they_are_clipped():
-    # The mean is zero; clipped first, rank 1's part would win.
-    gradient = [[-2.0, 0.0], [2.0, 0.0]][hvd.rank()]
+    # The mean is zero. Clipping first would leave a part of rank 1's.
+    gradient = of_rank([-2.0, 0.0], [2.0, 0.0])
     optimizer = hvd.DistributedOptimizer(sgd(clipvalue=1.0 + hvd.rank()))
     np.testing.assert_allclose(applied(optimizer, [gradient]), [1.0, 1.0])
 
 
-def test_infinity_on_one_rank_makes_all_skip():
-    inner = sgd()
-    scaled = keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
-    optimizer = hvd.DistributedOptimizer(scaled)
-    bad = [[np.inf, 0.0], [0.0, 0.0]][hvd.rank()]
-    weights = applied(optimizer, [bad, [4.0, 8.0]])
-    # The scale is 2 after the step that was skipped.
-    np.testing.assert_allclose(weights, [0.0, -1.0])
-    assert float(optimizer.dynamic_scale) == 2.0
-    assert int(inner.iterations) == 1
-
-
+@pytest.mark.usefixtures("_mixed_float16")
 def test_mixed_float16_needs_no_wrapping():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        optimizer = hvd.DistributedOptimizer(create_lars())
-        model = create_model(seed=hvd.rank(), optimizer=optimizer)
-        assert model.optimizer.inner_optimizer is optimizer
-        x = np.ones((16, 8), "float32")
-        if hvd.rank() == 1:
-            x[3, 3] = np.inf
-        y = np.zeros(16, "int64")
-        # Two steps that one rank alone would skip, then two that none skips.
-        bad = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).take(2)
-        good = tf.data.Dataset.from_tensor_slices(
-            (np.ones((16, 8), "float32"), y)
-        ).batch(8)
-        fit(model, bad.concatenate(good))
-    finally:
-        keras.config.set_dtype_policy("float32")
-    steps = hvd.allgather_object(int(optimizer.iterations))
-    assert steps == [3, 3]
-    weights = weights_of_all_ranks(model)
-    assert all(np.isfinite(w).all() for w in weights[0])
-    assert largest_difference(weights) == 0.0
+    optimizer = hvd.DistributedOptimizer(create_lars())
+    model = create_model(seed=hvd.rank(), optimizer=optimizer)
+    assert model.optimizer.inner_optimizer is optimizer
+    x = np.ones((32, 8), "float32")
+    if hvd.rank() == 1:
+        x[3, 3] = np.inf
+    # The first of 4 steps has an infinity, on rank 1 alone.
+    y = np.zeros(32, "int64")
+    fit(model, tf.data.Dataset.from_tensor_slices((x, y)).batch(8))
+    assert hvd.allgather_object(int(optimizer.iterations)) == [3, 3]
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    assert_same_on_all_ranks(model.weights)
 
 
 def test_accumulated_gradients_belong_to_their_variables():
@@ -245,7 +223,7 @@ def test_optimizer_distributed_after_a_fit_averages():
     fit(model, this_ranks_part(16), broadcast=False)
     hvd.DistributedOptimizer(model.optimizer)
     fit(model, this_ranks_part(16))
-    assert largest_difference(weights_of_all_ranks(model)) == 0.0
+    assert_same_on_all_ranks(model.weights)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")

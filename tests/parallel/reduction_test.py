@@ -7,10 +7,9 @@ import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 from keras_lars import LARS
-
-
-def of_rank(*values):
-    return values[hvd.rank()]
+from tests.parallel.common import arrays_of_ranks
+from tests.parallel.common import horovod_operations
+from tests.parallel.common import of_rank
 
 
 def sgd(rate=1.0, **arguments):
@@ -27,13 +26,8 @@ def updates(gradients, **arguments):
     return [-tf.cast(v.value, "float64").numpy() for v in variables]
 
 
-def horovod_operations(optimizer, variables, sparse=False):
+def operations_of_step(optimizer, variables, sparse=False):
     """Returns the operations of Horovod in one step, in order."""
-
-    @tf.function
-    def step(gradients):
-        optimizer.apply(gradients, variables)
-
     optimizer.build(variables)
     gradients = [tf.zeros(v.shape, v.dtype) for v in variables]
     if sparse:
@@ -41,13 +35,14 @@ def horovod_operations(optimizer, variables, sparse=False):
             tf.IndexedSlices(g, tf.range(len(g)), tf.shape(g))
             for g in gradients
         ]
-    graph = step.get_concrete_function(gradients).graph
-    return [op for op in graph.get_operations() if "Horovod" in op.type]
+    return horovod_operations(
+        lambda gradients: optimizer.apply(gradients, variables), gradients
+    )
 
 
 def group_sizes(variables, groups):
     optimizer = hvd.DistributedOptimizer(sgd(), groups=groups)
-    operations = horovod_operations(optimizer, variables)
+    operations = operations_of_step(optimizer, variables)
     return [len(operation.inputs) for operation in operations]
 
 
@@ -66,8 +61,8 @@ def test_predivide_factor_keeps_the_mean_and_its_range():
     gradient = tf.constant(of_rank([1.0, 6e4], [3.0, 6e4]))
     (mean,) = updates([gradient], gradient_predivide_factor=2.0)
     np.testing.assert_allclose(mean, [2.0, 6e4])
-    # The sum of the ranks' gradients is beyond half precision; their mean is
-    # not. A factor of 2 divides them before they are added.
+    # Half precision holds the mean, but not the sum. The factor divides the
+    # gradients before they are added.
     fp16 = {"compression": hvd.Compression.fp16}
     (mean,) = updates([gradient], gradient_predivide_factor=2.0, **fp16)
     np.testing.assert_allclose(mean, [2.0, 6e4], rtol=1e-3)
@@ -87,14 +82,14 @@ def test_device_is_that_of_the_reduction():
     variable = keras.Variable([0.0])
     for device in ("", "/device:CPU:0"):
         optimizer = hvd.DistributedOptimizer(sgd(), device_dense=device)
-        (operation,) = horovod_operations(optimizer, [variable])
+        (operation,) = operations_of_step(optimizer, [variable])
         assert operation.device == device
 
         # The values and the indices of a sparse gradient.
         optimizer = hvd.DistributedOptimizer(
             sgd(), device_sparse=device, op=hvd.Sum
         )
-        operations = horovod_operations(optimizer, [variable], sparse=True)
+        operations = operations_of_step(optimizer, [variable], sparse=True)
         assert [op.device for op in operations] == [device] * 2
 
 
@@ -110,7 +105,7 @@ def test_groups_as_lists_tell_variables_of_one_name_apart():
     variables = [keras.Variable([0.0], name="kernel") for _ in range(5)]
     first, second, third, *_ = variables
     assert group_sizes(variables, [[first, third], [second]]) == [2, 1, 1, 1]
-    # The variable of TensorFlow inside is the same variable.
+    # A Keras variable and its tf.Variable are the same variable.
     assert group_sizes(variables, [[first.value, third, second]]) == [3, 1, 1]
 
 
@@ -129,7 +124,7 @@ def test_groups_by_path():
 @pytest.mark.parametrize("groups", [2, "lists"])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_groups_give_the_same_result(groups, passes):
-    """Two models with the same short names, trained by one optimizer."""
+    """Variables of two models, with the same short names."""
     variables = [
         keras.Variable([0.0, 0.0], name=name)
         for name in ("kernel", "bias", "kernel", "bias")
@@ -158,7 +153,7 @@ def test_num_groups_is_the_old_name_of_groups():
     variables = [keras.Variable([0.0]) for _ in range(4)]
     with pytest.warns(DeprecationWarning, match="groups=2"):
         optimizer = hvd.DistributedOptimizer(sgd(), num_groups=2)
-    assert len(horovod_operations(optimizer, variables)) == 2
+    assert len(operations_of_step(optimizer, variables)) == 2
 
 
 def test_ranks_outside_of_the_process_set_keep_their_gradients(rank_0_alone):
@@ -205,7 +200,7 @@ def test_partial_optimizer_leaves_layers_to_each_rank():
     x = np.full((4, 2), 1.0 + hvd.rank(), "float32")
     model.fit(x, x, verbose=0)
     # A kernel and a bias of each layer.
-    first, second = hvd.allgather_object(model.get_weights())
+    first, second = arrays_of_ranks(model.weights)
     equal = [np.array_equal(a, b) for a, b in zip(first, second, strict=True)]
     assert equal == [True, True, False, False, True, True]
     trained = zip(first, before, strict=True)
@@ -240,7 +235,7 @@ OPTIMIZERS = {
 
 
 def sparse_gradient():
-    """Rows that ranks share, repeat, or have alone; unequal in number."""
+    """The ranks share rows, repeat rows, and have their own rows."""
     rows = of_rank([0, 1, 0], [1, 3])
     values = of_rank([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[7.0, 8.0]] * 2)
     return tf.IndexedSlices(
@@ -286,14 +281,11 @@ def test_how_sparse_gradients_travel(arguments, operations):
     optimizer = hvd.DistributedOptimizer(sgd(), op=hvd.Sum, **arguments)
     optimizer.build([table])
 
-    @tf.function
     def step():
         optimizer.apply([sparse_gradient()], [table])
 
-    graph = step.get_concrete_function().graph
-    types = [op.type for op in graph.get_operations() if "Horovod" in op.type]
-    assert types == operations
-    step()
+    assert [op.type for op in horovod_operations(step)] == operations
+    tf.function(step)()
     expected = np.array([[6, 8], [10, 12], [0, 0], [7, 8]])
     np.testing.assert_array_equal(-table.numpy(), expected)
 
@@ -308,7 +300,7 @@ def test_accumulated_sparse_gradients():
 
 
 def test_two_optimizers_in_one_step():
-    """As of a generator and a discriminator; the names do not collide."""
+    """The names of their operations do not collide."""
     variables = [keras.Variable([0.0], name="kernel") for _ in range(2)]
     first = hvd.DistributedOptimizer(sgd())
     second = hvd.DistributedOptimizer(sgd(), op=hvd.Sum)

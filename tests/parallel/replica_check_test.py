@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import horovod_recipes.keras as hvd
+from tests.parallel.common import arrays_of_ranks
 
 
 class Change(keras.callbacks.Callback):
@@ -16,15 +17,15 @@ class Change(keras.callbacks.Callback):
         self._path = path
 
     def on_train_batch_end(self, batch, logs=None):
-        # Found on both ranks, so that neither waits for the other's failure.
+        # Both ranks look it up, so a wrong path fails on both.
         variables = self.model.weights + self.model.optimizer.variables
         (variable,) = [v for v in variables if v.path == self._path]
         if batch == 2 and hvd.rank() == 1:
             variable.assign(self._change(variable.numpy()))
 
 
-def train(callbacks, epochs=1, local=False):
-    """Trains 4 steps; batch norm and dropout differ between the ranks."""
+def create_model():
+    """Returns a model whose batch norm and dropout differ between the ranks."""
     keras.utils.set_random_seed(hvd.rank())
     model = keras.Sequential(
         [
@@ -43,26 +44,39 @@ def train(callbacks, epochs=1, local=False):
         "mse",
         jit_compile=False,
     )
-    if local:
-        model.optimizer.register_local_var(model.get_layer("last").kernel)
-    x = np.random.default_rng(hvd.rank()).normal(size=(8, 3))
-    model.fit(
-        x,
-        x[:, :2],
-        batch_size=2,
-        epochs=epochs,
-        verbose=0,
-        callbacks=[
-            hvd.callbacks.BroadcastGlobalVariablesCallback(0),
-            *callbacks,
-        ],
-    )
+    model.optimizer.build(model.trainable_variables)
+    hvd.broadcast_variables(model.weights, root_rank=0)
     return model
 
 
-def message_of(callbacks):
+@pytest.fixture(scope="module")
+def traced_model():
+    """A model that Keras traces once, and its first values."""
+    model = create_model()
+    variables = model.weights + model.optimizer.variables
+    return model, variables, [v.numpy() for v in variables]
+
+
+@pytest.fixture
+def model(traced_model):
+    """The traced model with its first values."""
+    model, variables, values = traced_model
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return model
+
+
+def train(model, callbacks, epochs=1):
+    """Trains 4 steps per epoch."""
+    x = np.random.default_rng(hvd.rank()).normal(size=(8, 3))
+    model.fit(
+        x, x[:, :2], batch_size=2, epochs=epochs, verbose=0, callbacks=callbacks
+    )
+
+
+def message_of(model, callbacks):
     with pytest.raises(hvd.callbacks.ReplicasDiffer) as raised:
-        train(callbacks)
+        train(model, callbacks)
     first, second = hvd.allgather_object(str(raised.value))
     assert first == second
     return first.partition(". Usual")[0]
@@ -80,13 +94,15 @@ def swap(value):
     return value
 
 
-def test_replicas_that_agree():
-    train([hvd.callbacks.ReplicaCheck(1)], epochs=2)
+def test_replicas_that_agree(model):
+    train(model, [hvd.callbacks.ReplicaCheck(1)], epochs=2)
 
 
 def test_local_variables_may_differ():
-    model = train([hvd.callbacks.ReplicaCheck(1)], local=True)
-    first, second = hvd.allgather_object(model.get_layer("last").get_weights())
+    model = create_model()
+    model.optimizer.register_local_var(model.get_layer("last").kernel)
+    train(model, [hvd.callbacks.ReplicaCheck(1)])
+    first, second = arrays_of_ranks(model.get_layer("last").weights)
     assert (first[0] != second[0]).all()
     np.testing.assert_array_equal(first[1], second[1])
 
@@ -101,28 +117,31 @@ def test_local_variables_may_differ():
         (flip_lowest_bit, "adam/learning_rate"),
     ],
 )
-def test_a_change_on_one_rank_is_named_on_every_rank(change, path):
-    message = message_of([Change(change, path), hvd.callbacks.ReplicaCheck(3)])
+def test_a_change_on_one_rank_is_named_on_every_rank(model, change, path):
+    message = message_of(
+        model, [Change(change, path), hvd.callbacks.ReplicaCheck(3)]
+    )
     assert message == (
         "The replicas differ after update 3: 1 of 20 variables, "
         f"{path} (rank 1, unlike rank 0)"
     )
 
 
-def test_a_change_after_the_last_multiple_is_seen_at_the_end():
+def test_a_change_after_the_last_multiple_is_found_at_the_end(model):
     message = message_of(
+        model,
         [
-            Change(flip_lowest_bit, "net/first/bias"),
+            Change(lambda bias: bias + 1, "net/first/bias"),
             hvd.callbacks.ReplicaCheck(100),
-        ]
+        ],
     )
     assert message.startswith("The replicas differ after update 4: ")
     assert "net/first/bias (rank 1, unlike rank 0)" in message
 
 
-def test_non_trainable_weights_on_demand():
+def test_non_trainable_weights_on_demand(model):
     message = message_of(
-        [hvd.callbacks.ReplicaCheck(2, non_trainable_weights=True)]
+        model, [hvd.callbacks.ReplicaCheck(2, non_trainable_weights=True)]
     )
     assert message == (
         "The replicas differ after update 2: 2 of 22 variables, "

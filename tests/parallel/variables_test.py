@@ -20,9 +20,10 @@ def test_broadcast_of_variables_of_any_type(inplace):
     ]
     variables.append(tf.Variable([float(hvd.rank())]))
     hvd.broadcast_variables(variables, root_rank=1, inplace=inplace)
-    for variable in variables:
+    for variable, dtype in zip(variables, [*DTYPES, "float32"], strict=True):
+        assert variable.dtype == dtype
         value = tf.cast(tf.convert_to_tensor(variable), "float32")
-        assert np.all(value.numpy() == 1.0), variable.dtype
+        assert np.all(value.numpy() == 1.0), dtype
 
 
 def test_broadcast_in_a_process_set(rank_0_alone):
@@ -54,12 +55,12 @@ def test_process_set_has_its_own_rank_and_size(rank_0_alone):
 
 
 def test_join_lets_a_rank_end_before_the_other():
-    """Rank 0 takes two steps more; what rank 1 would send is zero."""
+    """Rank 0 takes two more steps, in which rank 1 counts as zero."""
     variable = keras.Variable([0.0])
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
     for _ in range([3, 1][hvd.rank()]):
         optimizer.apply([tf.constant([2.0])], [variable])
     assert int(hvd.join()) == 0
     assert float(variable[0]) == [-4.0, -2.0][hvd.rank()]
-    # All ranks take part again.
+    # After that, all ranks take part again.
     np.testing.assert_array_equal(hvd.allreduce([hvd.rank()], op=hvd.Sum), [1])

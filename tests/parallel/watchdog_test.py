@@ -1,4 +1,7 @@
-"""The watchdog where nothing hangs; for what does, see whole_jobs/hang_test."""
+"""The watchdog in jobs that do not hang.
+
+Jobs that hang are in tests/jobs/hang_test.py.
+"""
 
 import time
 
@@ -17,15 +20,15 @@ def test_invalid_seconds():
         Watchdog(seconds=0)
 
 
-def test_training_goes_on_under_the_watchdog():
-    """Longer than `seconds`: each batch is progress."""
+def test_training_may_take_longer_than_the_limit():
+    """Each batch is progress."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile(
         hvd.DistributedOptimizer(LARS(0.1)), loss="mse", jit_compile=False
     )
     x, y = np.ones((8, 3), np.float32), np.ones((8, 1), np.float32)
     with Watchdog(seconds=60):
-        # Compiles the step.
+        # This compiles the step.
         model.fit(x, y, verbose=0)
     wait = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: time.sleep(1)
@@ -39,14 +42,14 @@ def test_training_goes_on_under_the_watchdog():
 
 
 def test_failure_of_a_rank_is_known_to_the_others():
-    """And not any more in the next block. Under MPI it never is."""
+    """The next block does not know it any more. Under MPI no block does."""
 
     def fail():
         with Watchdog():
             hvd.allgather_object(None)
             if hvd.rank() == 1:
                 raise OSError("disk on fire")
-            return _watchdog.lost_rank()
+            return hvd.callbacks.lost_rank()
 
     if hvd.rank() == 1:
         with pytest.raises(OSError, match="disk on fire"):
@@ -54,9 +57,9 @@ def test_failure_of_a_rank_is_known_to_the_others():
     else:
         told = "rank 1 on localhost failed: disk on fire"
         assert fail() == (told if hvd.gloo_enabled() else None)
-    assert _watchdog.lost_rank() is None
+    assert hvd.callbacks.lost_rank() is None
     with Watchdog():
         hvd.allgather_object(None)
-        assert _watchdog.lost_rank() is None
-        # Neither ends before the other has looked.
+        assert hvd.callbacks.lost_rank() is None
+        # Neither rank ends before the other has asked.
         hvd.allgather_object(None)

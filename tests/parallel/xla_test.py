@@ -10,12 +10,14 @@ import tensorflow as tf
 import horovod_recipes.keras as hvd
 from horovod_recipes.keras import _reduction
 from keras_lars import LARS
+from tests.parallel.common import arrays_of_ranks
+from tests.parallel.common import assert_same_on_all_ranks
 
 
 class Dropout(keras.layers.Layer):
-    """Drops half, by numbers that are the same in XLA and outside of it.
+    """Drops half of its inputs, the same ones inside XLA and outside of it.
 
-    TensorFlow's random numbers are not, on a CPU, in float32.
+    On a CPU, TensorFlow's random float32 numbers differ inside XLA.
     """
 
     def build(self, input_shape):
@@ -62,7 +64,7 @@ def examples():
 
 
 def fit(model, callbacks=None):
-    """Trains for two epochs, whose last micro-batch is smaller."""
+    """Trains for two epochs. Their last micro-batch is smaller."""
     if callbacks is None:
         callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
     return model.fit(
@@ -80,21 +82,14 @@ def state(model):
     return {v.path: v.numpy() for v in variables}
 
 
-def assert_trained_alike(model):
-    """All ranks have the same trainable weights, to the bit."""
-    weights = [v.numpy() for v in model.trainable_variables]
-    for first, second in zip(*hvd.allgather_object(weights), strict=True):
-        np.testing.assert_array_equal(first, second)
-
-
 @pytest.mark.parametrize("passes", [1, 2])
 def test_equals_training_without_xla(passes):
-    """Weights, statistics, metrics, seeds, velocities: all of the state."""
+    """The whole state is equal: weights, statistics, seeds, velocities."""
     plain = create_model(jit_compile=False, passes=passes)
     plain_history = fit(plain)
     model = create_model(jit_compile=True, passes=passes)
     history = fit(model)
-    # A second call of `fit` makes the step anew.
+    # A second call of `fit` makes a new step.
     fit(plain)
     fit(model)
 
@@ -105,17 +100,15 @@ def test_equals_training_without_xla(passes):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=path)
     for name, values in plain_history.items():
         assert history[name] == pytest.approx(values, rel=1e-5), name
-    assert_trained_alike(model)
-    # They see their own examples.
-    means = [
-        v.numpy() for v in model.variables if v.path.endswith("moving_mean")
-    ]
-    first, second = hvd.allgather_object(means)
+    assert_same_on_all_ranks(model.trainable_variables)
+    # The ranks have seen different examples.
+    means = [v for v in model.variables if v.path.endswith("moving_mean")]
+    first, second = arrays_of_ranks(means)
     assert np.abs(first[0] - second[0]).max() > 1e-3
 
 
 def test_xla_compiles_all_but_the_optimizer(monkeypatch):
-    """The layers are traced inside of XLA, the reduction outside."""
+    """The layers are traced inside XLA, the reduction outside."""
     from tensorflow.python.ops import control_flow_util
 
     def in_xla():
@@ -152,18 +145,18 @@ def test_dropout_and_sparse_gradients():
     )
     before = model.get_weights()
     fit(model)
-    assert_trained_alike(model)
+    assert_same_on_all_ranks(model.trainable_variables)
     assert np.abs(model.get_weights()[0] - before[0]).max() > 1e-3
     seeds = [v.numpy().tolist() for v in model.variables if "seed" in v.path]
     first, second = hvd.allgather_object(seeds)
-    # A mask a micro-batch, and others on each rank.
+    # Each micro-batch has its own mask, and each rank has its own masks.
     assert first[0][1] == second[0][1] == 8
     assert first[0][0] != second[0][0]
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Has Keras believe that there is a GPU, by which "auto" turns XLA on."""
+    """Makes Keras find a GPU, so that jit_compile="auto" turns XLA on."""
     device = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
     monkeypatch.setattr(
         tf.config, "list_physical_devices", lambda device_type=None: [device]
@@ -188,12 +181,12 @@ def test_default_on_a_gpu_machine_without_the_callback(gpu):
     for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert np.abs(model.get_weights()[0] - start).max() > 1e-2
-    assert_trained_alike(model)
+    assert_same_on_all_ranks(model.trainable_variables)
 
     before = model.get_weights()[0]
     model.train_on_batch(*examples())
     assert np.abs(model.get_weights()[0] - before).max() > 1e-3
-    assert_trained_alike(model)
+    assert_same_on_all_ranks(model.trainable_variables)
 
 
 def test_default_on_a_gpu_machine_for_a_loaded_model(gpu, shared_folder):
@@ -201,14 +194,14 @@ def test_default_on_a_gpu_machine_for_a_loaded_model(gpu, shared_folder):
     saved.optimizer.build(saved.trainable_variables)
     if hvd.rank() == 0:
         saved.save(shared_folder / "model.keras")
-    hvd.broadcast_object(None, root_rank=0)  # Saved by now.
+    hvd.broadcast_object(None, root_rank=0)  # Wait until rank 0 has saved.
     model = hvd.load_model(shared_folder / "model.keras")
     start = model.get_weights()[0]
     assert model.jit_compile
     fit(model, [])
     assert model.jit_compile
     assert np.abs(model.get_weights()[0] - start).max() > 1e-2
-    assert_trained_alike(model)
+    assert_same_on_all_ranks(model.trainable_variables)
 
 
 def test_default_on_a_gpu_machine_in_an_elastic_job(gpu):
@@ -218,18 +211,18 @@ def test_default_on_a_gpu_machine_in_an_elastic_job(gpu):
     start = model.get_weights()[0]
     fit(model, [])
     state.commit()
-    # As `run` does when the ranks change.
+    # `run` does the same when the ranks change.
     state.on_reset()
     state.sync()
     fit(model, [])
     assert model.jit_compile
     assert int(model.optimizer.iterations) == 16
     assert np.abs(model.get_weights()[0] - start).max() > 1e-2
-    assert_trained_alike(model)
+    assert_same_on_all_ranks(model.trainable_variables)
 
 
 def test_models_of_others_are_left_to_keras(gpu):
-    """Without a distributed optimizer the whole step is XLA's."""
+    """XLA compiles the whole step if the optimizer is not distributed."""
     model = create_model("auto", layers=[keras.layers.Dense(4)])
     model.compile(keras.optimizers.SGD(0.1), "mse")
     model.predict(np.zeros((1, 8)), verbose=0)
@@ -258,7 +251,7 @@ def test_model_that_cannot_be_split_is_trained_without_xla():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             fit(model)
-        assert_trained_alike(model)
+        assert_same_on_all_ranks(model.trainable_variables)
 
 
 def test_horovod_inside_xla_is_a_clear_error_on_every_rank():

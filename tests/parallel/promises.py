@@ -1,11 +1,9 @@
-"""What `upstream_binding` tries on each of two ranks, one trial a process.
+"""The promises of Horovod's Keras binding, each as a trial on two ranks.
 
-A trial takes a binding, as a user's script would import it, and returns
-whether a promise was kept, and in words what was measured.
+A trial takes a binding, as a user's script would import it. It returns whether
+the binding keeps the promise, and what was measured, in words.
 """
 
-import argparse
-import json
 import pathlib
 import tempfile
 
@@ -14,12 +12,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tests.parallel.common import largest_difference
+
 
 def upstream():
     import horovod.keras
     import horovod.tensorflow.keras as hvd
 
-    # Horovod has these in other modules.
+    # Horovod has these names in other modules.
     hvd.DistributedGradientTape = horovod.tensorflow.DistributedGradientTape
     hvd.SyncBatchNormalization = horovod.tensorflow.SyncBatchNormalization
     hvd.broadcast_variables = horovod.tensorflow.broadcast_variables
@@ -67,10 +67,9 @@ def of_all_ranks(value):
 
 
 def weights_are_equal(model):
-    first, second = of_all_ranks(model.get_weights())
     return difference(
         "weights of the two ranks",
-        max(np.abs(a - b).max() for a, b in zip(first, second, strict=True)),
+        largest_difference(*of_all_ranks(model.get_weights())),
     )
 
 
@@ -102,29 +101,29 @@ def broadcast_variables(hvd):
     return weights_are_equal(model)
 
 
-def mean_of_gradients(optimizer, hvd):
-    """Whether rank r's gradients of r are applied as 0.5 each."""
-    variables = [keras.Variable([0.0], name="kernel") for _ in range(3)]
-    gradients = [tf.constant([float(hvd.rank())])] * 3
+def mean_of_gradients(optimizer, variables, hvd):
+    """Whether gradients of 0 on rank 0 and 1 on rank 1 are applied as 0.5."""
+    gradients = [tf.constant([float(hvd.rank())])] * len(variables)
     optimizer.apply_gradients(zip(gradients, variables, strict=True))
     largest = max(abs(float(v[0]) + 0.5) for v in variables)
     return difference("update and mean gradient", largest)
+
+
+def variables_of_one_name():
+    return [keras.Variable([0.0], name="kernel") for _ in range(3)]
 
 
 def custom_loop(hvd):
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
-    return mean_of_gradients(optimizer, hvd)
+    return mean_of_gradients(optimizer, variables_of_one_name(), hvd)
 
 
 def groups_of_variables(hvd):
-    variables = [keras.Variable([0.0], name="kernel") for _ in range(3)]
+    variables = variables_of_one_name()
     optimizer = hvd.DistributedOptimizer(
         keras.optimizers.SGD(1.0), groups=[variables[:2]]
     )
-    gradients = [tf.constant([float(hvd.rank())])] * 3
-    optimizer.apply_gradients(zip(gradients, variables, strict=True))
-    largest = max(abs(float(v[0]) + 0.5) for v in variables)
-    return difference("update and mean gradient", largest)
+    return mean_of_gradients(optimizer, variables, hvd)
 
 
 def gradient_tape(hvd):
@@ -166,7 +165,7 @@ def sync_batch_norm(hvd):
 
 
 def load_model(hvd):
-    """Of a model that was saved without Horovod."""
+    """The model was saved without Horovod."""
     model = create_model(keras.optimizers.SGD(0.1, momentum=0.9))
     model.fit(*examples(rank=0), verbose=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,13 +184,13 @@ def loads_without_horovod(hvd):
         path = f"{folder}/model.keras"
         model.save(path)
         loaded = keras.saving.load_model(path)
-    pairs = zip(
-        loaded.optimizer.variables, model.optimizer.variables, strict=True
-    )
     kind = type(loaded.optimizer)
     return difference(
         f"{kind.__module__}.{kind.__name__}, its state and what was saved",
-        max(np.abs(a.numpy() - b.numpy()).max() for a, b in pairs),
+        largest_difference(
+            [v.numpy() for v in loaded.optimizer.variables],
+            [v.numpy() for v in model.optimizer.variables],
+        ),
     )
 
 
@@ -225,10 +224,9 @@ def accumulation(hvd):
     y = y.reshape(2, 2, 8).swapaxes(0, 1).reshape(32)
     alone.fit(x, y, batch_size=16, shuffle=False, verbose=0)
     updates = int(model.optimizer.iterations)
-    pairs = zip(model.get_weights(), alone.get_weights(), strict=True)
     kept, text = difference(
         "weights and those of one rank with the global batch",
-        max(np.abs(a - b).max() for a, b in pairs),
+        largest_difference(model.get_weights(), alone.get_weights()),
         tolerance=1e-5,
     )
     return kept and updates == 2, f"{updates} updates; {text}"
@@ -309,10 +307,9 @@ def elastic_state(hvd):
     fit(model, hvd)
     state.batch = 7
     state.restore()
-    pairs = zip(variables, saved, strict=True)
     kept, text = difference(
         "weights and optimizer after restore and those that were saved",
-        max(np.abs(v.numpy() - value).max() for v, value in pairs),
+        largest_difference([v.numpy() for v in variables], saved),
     )
     return kept and state.batch == 3, text
 
@@ -334,9 +331,9 @@ def local_infinity(hvd):
     return kept and steps == [3, 3], f"updates of the ranks: {steps}; {text}"
 
 
-TRIALS = {
+PROMISES = {
     "`fit` averages gradients": weights_after_fit,
-    "`apply_gradients` in a loop of one's own averages": custom_loop,
+    "`apply_gradients` in a custom loop averages": custom_loop,
     "`DistributedGradientTape` averages": gradient_tape,
     "`BroadcastGlobalVariablesCallback`": broadcast_callback,
     "`broadcast_variables`, one of them bfloat16": broadcast_variables,
@@ -344,7 +341,7 @@ TRIALS = {
     "`PartialDistributedOptimizer`": local_layer,
     "`backward_passes_per_step=2`": accumulation,
     "`SyncBatchNormalization`": sync_batch_norm,
-    "`load_model` goes on averaging": load_model,
+    "a model from `load_model` averages": load_model,
     "saved model loads with Keras alone": loads_without_horovod,
     "`get_config`, `from_config`": config_round_trip,
     "`MetricAverageCallback`, mean of the ranks": metric_average,
@@ -354,30 +351,3 @@ TRIALS = {
     "`elastic.KerasState` saves and restores": elastic_state,
     "infinity on one rank, mixed_float16": local_infinity,
 }
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("trial", choices=TRIALS)
-    parser.add_argument("binding", choices=BINDINGS)
-    parser.add_argument("folder", type=pathlib.Path)
-    arguments = parser.parse_args()
-    hvd = BINDINGS[arguments.binding]()
-    hvd.init()
-    try:
-        kept, text = TRIALS[arguments.trial](hvd)
-    except Exception as error:
-        kept, text = False, f"{type(error).__name__}: {_gist(error)}"
-    path = arguments.folder / f"{hvd.rank()}.json"
-    path.write_text(json.dumps({"kept": bool(kept), "text": text}))
-
-
-def _gist(error):
-    """Returns the line of a message that says what is wrong."""
-    lines = str(error).strip().splitlines() or [""]
-    # TensorFlow puts the traceback before, in what it compiles.
-    return lines[-1 if lines[0] == "in user code:" else 0].strip()
-
-
-if __name__ == "__main__":
-    main()
