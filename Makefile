@@ -103,7 +103,7 @@ endif
 ## job-tests       test whole jobs: killed, resumed; downloads 20 photos
 job-tests: .venv/done $(DATA)
 	$(BIN)/python -m benchmarks.photos
-	timeout --kill-after=10 3000 $(PYTEST) tests/jobs
+	timeout --kill-after=10 3000 $(PYTEST) tests/jobs tests/examples
 
 ## test-cluster    test on two hosts made of network namespaces; needs root
 test-cluster: .venv/done $(DATA)

@@ -1,11 +1,11 @@
-"""Import TensorFlow without its banner, for commands that people run."""
+"""Imports TensorFlow without its banner, for commands that people run."""
 
 import contextlib
 import os
 import subprocess
 import sys
 
-# TensorFlow prints these lines before its log can be configured.
+# Parts of the lines that TensorFlow prints whatever its log level is.
 BANNER = (
     "All log messages before absl::InitializeLog",
     "oneDNN custom operations are on",
@@ -14,10 +14,10 @@ BANNER = (
 
 @contextlib.contextmanager
 def without_banner():
-    """Removes TensorFlow's banner from what the block writes to stderr.
+    """Removes TensorFlow's banner from the stderr of a block.
 
-    Import TensorFlow in the block. A process of its own filters the lines, so
-    that a message also arrives when TensorFlow aborts this process.
+    Import TensorFlow in the block. A child process filters the lines: messages
+    still arrive if TensorFlow aborts this process.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()

@@ -30,6 +30,8 @@ HOROVOD_VERSION = "0.28.1"
 HOROVOD_SHA256 = (
     "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 )
+# Part of a cached wheel's path; add 1 after a change to Horovod's source.
+SOURCE_REVISION = 2
 # First and last supported versions, both included.
 PYTHON_VERSIONS = ((3, 10), (3, 13))
 TENSORFLOW_VERSIONS = ((2, 16), (2, 21))
@@ -260,7 +262,8 @@ def cached_wheel(tensorflow, options):
     platform = sysconfig.get_platform().replace("-", "_")
     return (
         pathlib.Path(cache, "keras-lars")
-        / f"horovod-tensorflow-{tensorflow}-{'-'.join(options)}"
+        / f"horovod-r{SOURCE_REVISION}-tensorflow-{tensorflow}"
+        / "-".join(options)
         / f"horovod-{HOROVOD_VERSION}-{python}-{python}-{platform}.whl"
     )
 
@@ -275,6 +278,7 @@ def build_wheel(wheel, options):
         python = python_without_spaces(folder / "python")
         source = unpack_source(folder, environment)
         leave_out_xla_operations(source)
+        silence_checks_of_horovodrun(source)
         if "cuda" in options:
             environment |= cuda_environment(folder / "cuda", environment)
             take_streams_from_their_handles(source)
@@ -361,6 +365,8 @@ def unpack_source(folder, environment):
     )
     archive = folder / f"horovod-{HOROVOD_VERSION}.tar.gz"
     with tarfile.open(archive) as tar:
+        # Old patch releases of Python 3.10 and 3.11 do not have the filter.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
         tar.extractall(folder)
     return folder / f"horovod-{HOROVOD_VERSION}"
 
@@ -393,6 +399,19 @@ def leave_out_xla_operations(source):
     path = source / "horovod" / "tensorflow" / "CMakeLists.txt"
     operations = '"${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc"'
     replace(path, f"list(APPEND TF_SOURCES {operations})\n", "")
+
+
+def silence_checks_of_horovodrun(source):
+    """Keeps TensorFlow's banner out of what horovodrun prints.
+
+    horovodrun imports TensorFlow in a process whose output it hides, but only
+    what Python prints there.
+    """
+    path = source / "horovod" / "common" / "util.py"
+    hidden = "            sys.stderr = open(os.devnull, 'w')\n"
+    replace(
+        path, hidden, f"{hidden}            os.dup2(sys.stderr.fileno(), 2)\n"
+    )
 
 
 def take_streams_from_their_handles(source):

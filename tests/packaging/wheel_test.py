@@ -1,10 +1,10 @@
-"""The wheel, installed elsewhere: LARS needs neither Horovod nor TFDS."""
+"""The wheel works in a folder of its own, without Horovod and TFDS."""
 
 import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(*command, cwd):
@@ -55,5 +55,12 @@ assert keras_lars.__file__.startswith({str(tmp_path)!r}), keras_lars.__file__
 print(LARS(2.0).get_config()["learning_rate"])
 """
     assert run(sys.executable, "-c", script, cwd=tmp_path).strip() == "2.0"
-    # The configs travel with the package.
-    assert (tmp_path / "site/horovod_recipes/configs/demo.py").exists()
+    packages = {path.name for path in (tmp_path / "site").iterdir()}
+    assert packages == {
+        "keras_lars",
+        "horovod_recipes",
+        "keras_lars-0.1.0.dist-info",
+    }
+    recipes = tmp_path / "site" / "horovod_recipes"
+    assert (recipes / "configs" / "demo.py").exists()
+    assert (recipes / "launch" / "hostfile").exists()
