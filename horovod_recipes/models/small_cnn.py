@@ -5,13 +5,13 @@ from keras import layers
 
 
 def small_cnn(image_shape, num_classes, filters=16):
-    """Returns a network that trains on two CPU cores in a minute.
+    """Returns a network that two CPU cores train in less than a minute.
 
     Args:
         image_shape: Tuple `(height, width, channels)`; the input is uint8.
         num_classes: Integer, the number of logits.
-        filters: Integer, of the first convolution; later ones have two and
-            four times as many. Defaults to `16`.
+        filters: Integer, the filters of the first convolution; the next two
+            have twice as many, the last two four times. Defaults to `16`.
     """
     inputs = keras.Input(image_shape, dtype="uint8")
     x = layers.Rescaling(1 / 127.5, offset=-1)(inputs)
@@ -30,6 +30,6 @@ def small_cnn(image_shape, num_classes, filters=16):
         x = layers.BatchNormalization(momentum=0.9, name=f"bn{index}")(x)
         x = layers.ReLU(name=f"relu{index}")(x)
     x = layers.Flatten(name="flatten")(x)
-    # In float32 whatever the precision: the loss is computed from them.
+    # The loss needs logits in float32, whatever the precision.
     logits = layers.Dense(num_classes, name="logits", dtype="float32")(x)
     return keras.Model(inputs, logits, name="small_cnn")

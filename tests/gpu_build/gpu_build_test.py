@@ -1,4 +1,4 @@
-"""The installed GPU build, on a machine that need not have a GPU."""
+"""The installed GPU build loads and reduces, also without a GPU."""
 
 import pathlib
 import re
@@ -25,7 +25,7 @@ def library():
 
 def test_has_cuda_and_nccl():
     assert hvd.cuda_built()
-    # As NCCL counts: major * 10000 + minor * 100 + patch.
+    # NCCL 2.27.7: major * 10000 + minor * 100 + patch.
     assert hvd.nccl_built() >= 22707
     options = install_horovod.build_options(gpu=True)
     assert install_horovod.why_not_current("2.21.0", options) is None
@@ -37,7 +37,7 @@ def symbols(which, path):
 
 
 def test_no_undefined_symbol(library):
-    """`ldd -r` binds all symbols but TensorFlow's, which Python loads first."""
+    """`ldd -r` finds all symbols except those that TensorFlow exports."""
     undefined = {
         line.split()[2].rstrip(",")
         for line in output_of("ldd", "-r", str(library)).splitlines()
@@ -52,12 +52,12 @@ def test_no_undefined_symbol(library):
     )
     assert undefined
     assert undefined - exported == set()
-    # TensorFlow loads CUDA's runtime when it needs it, for Horovod too.
+    # TensorFlow provides CUDA's runtime, which it loads on demand.
     assert {"cudaEventRecord", "__cudaRegisterFatBinary"} <= undefined
 
 
 def test_stream_function_is_defined_inside(library):
-    """TensorFlow 2.21 has no AsGpuStreamValue for it."""
+    """TensorFlow 2.21 does not export AsGpuStreamValue."""
     names = symbols("--undefined-only", library)
     assert not [name for name in names if "AsGpuStreamValue" in name]
     assert "ncclAllReduce" in names

@@ -1,14 +1,14 @@
 #!/bin/bash
-# Runs horovod_recipes/launch/train.slurm in a Slurm cluster of one node that it
-# starts itself: a job to its end, and one that is stopped and goes on. For root
-# on Debian or Ubuntu, after `make demo`.
+# Tests horovod_recipes/launch/train.slurm in a Slurm cluster of one node, which
+# this script starts. It runs one job to its end; it stops and resumes another.
+# Run it as root on Debian or Ubuntu, after `make demo`.
 set -o errexit -o nounset
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cluster=$(mktemp --directory --tmpdir slurm.XXXXXX)
 daemons=()
 export SLURM_CONF=$cluster/slurm.conf
-# Seconds an epoch, and the same result whether or not the job is stopped.
+# An epoch takes seconds. A stopped job ends with the same result.
 export CONFIG=demo ARGS="--config.model.filters=2 --config.epochs=6
   --config.schedule.warmup_epochs=2 --config.deterministic"
 
@@ -41,7 +41,7 @@ SlurmdPort=26818
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A job that is queued again waits until its old credential has expired.
+# Seconds that a job waits before it is queued again.
 AuthInfo=socket=$cluster/munge.socket,cred_expire=5
 StateSaveLocation=$cluster/state
 SlurmdSpoolDir=$cluster/spool
@@ -72,7 +72,7 @@ whole_job() {
 }
 
 stopped_job() {
-  echo "slurm-tests: a job that is told to stop, and goes on"
+  echo "slurm-tests: a job that is stopped, and resumes"
   submit stopped
   wait_for 200 "epoch 2 of job $job" in_log "Epoch 2/6"
   scancel --batch --signal=USR1 "$job"
@@ -82,7 +82,7 @@ stopped_job() {
   wait_for 300 "job $job to end" no_jobs
   job_has JobState=COMPLETED
   cat "$cluster/stopped/summary.json"
-  # It went on from where it was, and nothing was lost.
+  # It resumed where it had stopped, and lost nothing.
   [ "$(grep --count "config=demo ranks=2" "$log")" = 2 ]
   [ "$(grep --count "Epoch 1/6" "$log")" = 1 ]
   [ "$(top1 stopped)" = "$(top1 whole)" ]
@@ -128,7 +128,7 @@ wait_for() {
   done
 }
 
-# Usage: start DAEMON ...; what it prints is in a file of its name.
+# Usage: start DAEMON ...; the output goes to a file with the daemon's name.
 start() {
   timeout --kill-after=10 1800 "$@" > "$cluster/$1.out" 2>&1 &
   daemons+=($!)
