@@ -128,7 +128,7 @@ def sentences_on_speed():
     earlier = speed_up("scaling_accumulation_8.json", "Gloo, 2 ranks")
     yield page, f"Gloo had {spread(earlier)}"
     spinning = speed_up("scaling_mpi_spinning.json", "MPI, 2 ranks")
-    yield page, f"are only {spread(spinning)} times as fast as one"
+    yield page, f"are then only {spread(spinning)} times as fast as one"
     with_xla = next(
         line for line in read_result("xla_step.json")["results"] if line["xla"]
     )
