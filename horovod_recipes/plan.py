@@ -1,12 +1,12 @@
-"""What a training job will do, before it runs: sizes, memory, time.
+"""Estimates the sizes, memory and time of a training job before it runs.
 
 python -m horovod_recipes.plan --config=resnet50:32k --ranks=256
     --hardware=a100 [--config.key=value ...] [--output=DIR]
 
-Prints the parts of the global batch, the schedule, the memory of a device, and
-the time of a step, also for other numbers of ranks. It needs no dataset, no
-GPU, no Horovod and no other rank. docs/plan.md explains the estimates, and
-compares them with published figures.
+It prints how the global batch is divided, the schedule, the memory per device
+and the time per step, also for other numbers of ranks. It needs no dataset, no
+GPU and no Horovod. docs/plan.md explains the estimates and compares them with
+published figures.
 """
 
 import pathlib
@@ -22,12 +22,12 @@ from horovod_recipes.planning.hardware import HARDWARE
 FLAGS = flags.FlagValues()
 _flags.define_config(FLAGS)
 flags.DEFINE_integer(
-    "ranks", None, "The number of ranks, one a device.", 1, flag_values=FLAGS
+    "ranks", None, "The number of ranks, one per device.", 1, flag_values=FLAGS
 )
 flags.DEFINE_string(
     "hardware",
     None,
-    f"What to run on: {', '.join(HARDWARE)}.",
+    f"The hardware to plan for: {', '.join(HARDWARE)}.",
     FLAGS,
 )
 flags.DEFINE_string(
@@ -36,7 +36,7 @@ flags.DEFINE_string(
 
 
 def main(argv):
-    """Prints a plan from its command line; returns the exit status."""
+    """Prints the plan of a command line; returns the exit status."""
     if "--help" in argv:
         print(__doc__, FLAGS, sep="")
         return 0
@@ -51,7 +51,7 @@ def main(argv):
             if FLAGS[flag].value is None:
                 raise JobError(f"--{flag} is missing: {FLAGS[flag].help}")
         plan = make_plan(FLAGS.config, FLAGS.ranks, FLAGS.hardware)
-    # Networks and schedules raise the last two for wrong arguments.
+    # Networks and schedules raise TypeError or ValueError for bad arguments.
     except (JobError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -253,7 +253,7 @@ def data_sheet_flops():
     import jax
 
     name = DATA_SHEETS.get(jax.local_devices()[0].device_kind)
-    return name and HARDWARE[name].flops[PRECISION][0]
+    return name and HARDWARE[name].flops_per_second[PRECISION][0]
 
 
 def summary(

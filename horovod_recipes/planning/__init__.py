@@ -1,1 +1,1 @@
-"""What a job will need and how long it will take, computed before it runs."""
+"""Estimates the memory and the time of a training job before it runs."""

@@ -1,4 +1,4 @@
-"""Estimates of a job: its size, memory, time, and other numbers of ranks."""
+"""Estimates a job's size, memory and time, also for other numbers of ranks."""
 
 import functools
 import math
@@ -18,14 +18,15 @@ from horovod_recipes.training.build import create_network
 from horovod_recipes.training.build import create_schedule
 from horovod_recipes.training.job_size import job_size
 
+# Numbers of ranks in the scaling table.
 TABLE_RANKS = [2**power for power in range(3, 13)]
-# Passes over the parameters of an update of LARS under XLA, as counted in
-# docs/optimizer_step.md.
+# How often a LARS update under XLA reads or writes all parameters.
+# docs/performance.md counts them.
 UPDATE_PASSES = 9
-# Batch norm's statistics are of a micro-batch; Goyal et al., arXiv 1706.02677,
-# section 5.1, take 32 images throughout.
-SMALLEST_MICRO_BATCH = 32
-# What they pass back does not depend on what came in ...
+# Images below which the plan warns about batch norm's statistics.
+# Goyal et al., arXiv 1706.02677, section 5.1, never use fewer.
+FEWEST_BATCH_NORM_IMAGES = 32
+# Layers whose gradients do not read the layer's input.
 GRADIENT_WITHOUT_INPUT = (
     layers.Activation,
     layers.Add,
@@ -36,29 +37,29 @@ GRADIENT_WITHOUT_INPUT = (
     layers.Rescaling,
     layers.ZeroPadding2D,
 )
-# ... but that of these on what went out.
+# Layers whose gradients read the layer's output.
 GRADIENT_WITH_OUTPUT = (layers.Activation, layers.ReLU)
 
 
 def make_plan(config, ranks, hardware_name):
-    """Returns all that is known of a job before it runs.
+    """Returns the plan of a job.
 
     Args:
-        config: A `ConfigDict`, as those in `horovod_recipes.configs`.
-        ranks: Integer, one device each.
+        config: A `ConfigDict` like those in `horovod_recipes.configs`.
+        ranks: Integer, the number of ranks. Each has one device.
         hardware_name: String, a key of `planning.hardware.HARDWARE`.
 
     Returns:
-        A dict of dicts and lists that JSON can hold; times in seconds, memory
-        in bytes.
+        A dict of dicts and lists that JSON can hold. Times are in seconds, and
+        memory is in bytes.
 
     Raises:
-        JobError: If the config, the number of ranks or the hardware are not
-            usable.
+        JobError: If the config, the number of ranks or the hardware does not
+            work.
     """
     check_config(config)
     hardware = find_hardware(hardware_name, config.precision)
-    peak, achieved = hardware.flops[config.precision]
+    peak, achieved = hardware.flops_per_second[config.precision]
     job = job_size(config, ranks)
     model = create_network(config, image_shape(config.dataset))
     image_flops = training_flops(model)
@@ -74,7 +75,7 @@ def make_plan(config, ranks, hardware_name):
             "peak_flops": peak,
             "achieved_fraction": achieved / peak,
             "speed_source": hardware.speed_source,
-            "memory": hardware.memory,
+            "memory": hardware.memory_bytes,
         },
         "job": {
             "ranks": job.ranks,
@@ -95,7 +96,7 @@ def make_plan(config, ranks, hardware_name):
 
 
 def image_shape(dataset):
-    """Returns the shape that the model sees; the dataset need not be there."""
+    """Returns the image shape of a dataset, which need not be on disk."""
     if dataset.name == "folder":
         if not dataset.image_size:
             raise JobError(
@@ -112,7 +113,10 @@ def trainable_parameters(model):
 
 
 def memory_per_device(model, precision, job):
-    """Returns what a device holds at the end of a forward pass, in bytes."""
+    """Returns the bytes of each part of a device's memory.
+
+    They count what the device holds at the end of a forward pass.
+    """
     parameters = trainable_parameters(model)
     memory = {
         "weights": 4 * model.count_params(),
@@ -127,10 +131,11 @@ def memory_per_device(model, precision, job):
 
 
 def activation_bytes(model):
-    """Returns what the forward pass keeps of an image for the backward pass.
+    """Returns the bytes per image that the backward pass needs.
 
-    That is each tensor that a gradient reads: the input of most layers, the
-    output of some. Batch norm reads its input in float32 in any precision.
+    The forward pass keeps each tensor that a gradient reads: the input of most
+    layers, and the output of some. Batch norm reads its input in float32 at any
+    precision.
     """
     kept = {}
     for layer in model.layers:
@@ -149,26 +154,28 @@ def activation_bytes(model):
 
 
 def step_seconds(hardware, achieved, image_flops, message_bytes, job):
-    """Returns the time of an update and of its parts, one after the other.
+    """Returns the seconds of an update's parts, which do not overlap.
 
     Args:
         hardware: A `Hardware`.
-        achieved: Float, FLOP/s of a device.
-        image_flops: Integer, FLOPs of an image.
-        message_bytes: Integer, of the gradients.
+        achieved: Float, the FLOP/s that a device achieves.
+        image_flops: Integer, the FLOPs to train on one image.
+        message_bytes: Integer, the bytes of one rank's gradients.
         job: A `JobSize`.
     """
     images = job.micro_batch_size * job.accumulation_steps
     parts = {
         "forward_and_backward": images * image_flops / achieved,
         "allreduce": allreduce_seconds(hardware, job.ranks, message_bytes),
-        "update": UPDATE_PASSES * message_bytes / hardware.memory_bandwidth,
+        "update": (
+            UPDATE_PASSES * message_bytes / hardware.memory_bytes_per_second
+        ),
     }
     return parts | {"total": sum(parts.values())}
 
 
 def scaling_row(config, ranks, seconds):
-    """Returns speed, efficiency and time to train of a number of ranks.
+    """Returns the speed, efficiency and training time for a number of ranks.
 
     Args:
         config: A `ConfigDict`.
@@ -176,29 +183,32 @@ def scaling_row(config, ranks, seconds):
         seconds: Function that returns the `step_seconds` of a `JobSize`.
 
     Returns:
-        A dict; where the job does not work out, of `ranks` and `note` alone.
+        A dict. It only has `ranks` and `note` if the job does not work on that
+        number of ranks.
     """
     try:
         job = job_size(config, ranks)
     except JobError as error:
         return {"ranks": ranks, "note": str(error)}
     step = seconds(job)
-    small = job.micro_batch_size < SMALLEST_MICRO_BATCH
+    note = ""
+    if job.micro_batch_size < FEWEST_BATCH_NORM_IMAGES:
+        note = f"micro-batch below {FEWEST_BATCH_NORM_IMAGES}"
     return {
         "ranks": ranks,
         "micro_batch_size": job.micro_batch_size,
         "accumulation_steps": job.accumulation_steps,
         "step": step,
         "images_per_second": job.global_batch_size / step["total"],
-        # Beside as many devices that need not wait for each other.
+        # Relative to the same devices without an allreduce.
         "efficiency": 1 - step["allreduce"] / step["total"],
         "training_seconds": job.steps * step["total"],
-        "note": f"micro-batch below {SMALLEST_MICRO_BATCH}" if small else "",
+        "note": note,
     }
 
 
 def schedule_points(config, job):
-    """Returns the highest learning rate, and what a picture needs of all."""
+    """Returns the highest learning rate, and up to 500 points of a plot."""
     rates = np.asarray(create_schedule(config, job)(np.arange(job.steps)))
     steps = np.unique(np.linspace(0, job.steps - 1, 500).astype(int))
     return {

@@ -1,4 +1,4 @@
-"""A plan as a page of text, and as files."""
+"""Shows a plan as a page of text, and writes it to files."""
 
 import json
 import textwrap
@@ -6,20 +6,20 @@ import textwrap
 import matplotlib.figure
 import numpy as np
 
-from horovod_recipes.planning.estimate import SMALLEST_MICRO_BATCH
+from horovod_recipes.planning.estimate import FEWEST_BATCH_NORM_IMAGES
 
 
 def as_text(plan, name):
-    """Returns a plan as a page for a person.
+    """Returns a plan as a page for people to read.
 
     Args:
-        plan: From `make_plan`.
-        name: String, the config's.
+        plan: The result of `make_plan`.
+        name: String, the name of the config.
     """
     job, hardware = plan["job"], plan["hardware"]
     speed = (
         f"{hardware['description']}; {hardware['achieved_fraction']:.0%} of "
-        f"{hardware['peak_flops'] / 1e12:.4g} TFLOP/s, as in "
+        f"{hardware['peak_flops'] / 1e12:.4g} TFLOP/s, from "
         f"{hardware['speed_source']}"
     )
     rates = plan["schedule"]["learning_rates"]
@@ -50,9 +50,9 @@ def as_text(plan, name):
 def memory_lines(memory, available):
     total = sum(memory.values())
     return [
-        "memory of a device, GB",
+        "memory per device, GB",
         *(f"  {size / 1e9:8.3f}  {part}" for part, size in memory.items()),
-        f"  {total / 1e9:8.3f}  of {available / 1e9:g}, and temporaries"
+        f"  {total / 1e9:8.3f}  of {available / 1e9:g}, without temporaries"
         + (": DOES NOT FIT" if total > available else ""),
     ]
 
@@ -62,16 +62,16 @@ def step_lines(plan):
     images = job["micro_batch_size"] * job["accumulation_steps"]
     speed = job["global_batch_size"] / step["total"]
     return [
-        "step, ms",
-        f"  {1e3 * step['forward_and_backward']:8.2f}  forward and backward of "
-        f"{images} images, {plan['training_flops_per_image'] / 1e9:.1f} GFLOP "
-        "each",
+        "time per step, ms",
+        f"  {1e3 * step['forward_and_backward']:8.2f}  forward and backward "
+        f"passes of {images} images, "
+        f"{plan['training_flops_per_image'] / 1e9:.1f} GFLOP per image",
         f"  {1e3 * step['allreduce']:8.2f}  allreduce of "
         f"{plan['allreduce_bytes'] / 1e6:.1f} MB, after the last backward pass",
         f"  {1e3 * step['update']:8.2f}  update",
-        f"  {1e3 * step['total']:8.2f}  in all: {speed:,.0f} images/s, "
-        f"{speed / job['ranks']:,.0f} a rank; "
-        f"{duration(job['steps'] * step['total'])} to train",
+        f"  {1e3 * step['total']:8.2f}  total: {speed:,.0f} images/s, "
+        f"{speed / job['ranks']:,.0f} per rank; training takes "
+        f"{duration(job['steps'] * step['total'])}",
     ]
 
 
@@ -95,21 +95,21 @@ def scaling_lines(rows):
         )
     if any("*" in line for line in lines):
         lines.append(
-            f"* below {SMALLEST_MICRO_BATCH} images: few for batch norm, and "
-            "for the device to be as fast"
+            f"* below {FEWEST_BATCH_NORM_IMAGES} images, batch norm is less "
+            "accurate and the device is slower than planned"
         )
     return lines
 
 
 def bars(values, width=60):
-    """Returns values from 0 up as a line of bars."""
+    """Returns a line of bars that shows non-negative values."""
     indices = np.linspace(0, len(values) - 1, width).round().astype(int)
     heights = np.array(values)[indices] / max(values)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * height)] for height in heights)
 
 
 def duration(seconds):
-    """Returns a time as hours and minutes, or as minutes and seconds."""
+    """Formats a time as hours and minutes, or as minutes and seconds."""
     if seconds >= 3600:
         minutes = round(seconds / 60)
         return f"{minutes // 60} h {minutes % 60:02} min"
@@ -117,7 +117,7 @@ def duration(seconds):
 
 
 def write_plan(plan, folder):
-    """Writes plan.json and the picture of the schedule, schedule.png."""
+    """Writes plan.json, and a plot of the schedule to schedule.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
     figure = matplotlib.figure.Figure(figsize=(7, 3), layout="constrained")
