@@ -48,6 +48,10 @@ class Benchmark:
     def question(self):
         return self.module.__doc__.partition("\n")[0]
 
+    @property
+    def has_figure(self):
+        return hasattr(self.module, "draw")
+
     def commands(self):
         return [
             f"{launcher}python -m {self.module.__name__}"
@@ -101,25 +105,32 @@ def page(docs):
     """Returns the Markdown of all results in `docs/results`."""
     sections = ["# Results of the benchmarks of speed", INTRODUCTION]
     for benchmark in BENCHMARKS:
-        result = json.loads((docs / "results" / benchmark.result).read_text())
         sections += [
             f"## {benchmark.question}",
             "\n".join(f"    {command}" for command in benchmark.commands()),
-            machines(result),
-            benchmark.module.markdown(result),
+            *results(benchmark, docs),
         ]
-        if hasattr(benchmark.module, "draw"):
-            image = f"../images/{benchmark.name}.png"
-            sections.append(f"![{benchmark.question}]({image})")
-        sections.append(f"[{benchmark.result}]({benchmark.result})")
     return "\n\n".join(sections) + "\n"
+
+
+def results(benchmark, docs):
+    """Returns the Markdown blocks of a benchmark's results."""
+    path = docs / "results" / benchmark.result
+    if not path.exists():
+        return ["Not measured yet."]
+    result = json.loads(path.read_text())
+    blocks = [machines(result), benchmark.module.markdown(result)]
+    if benchmark.has_figure:
+        image = f"../images/{benchmark.name}.png"
+        blocks.append(f"![{benchmark.question}]({image})")
+    return [*blocks, f"[{benchmark.result}]({benchmark.result})"]
 
 
 def draw_all(docs):
     """Draws the figures of all results into `docs/images`."""
     for benchmark in BENCHMARKS:
-        if hasattr(benchmark.module, "draw"):
-            path = docs / "results" / benchmark.result
+        path = docs / "results" / benchmark.result
+        if benchmark.has_figure and path.exists():
             image = docs / "images" / f"{benchmark.name}.png"
             benchmark.module.draw(json.loads(path.read_text()), image)
 

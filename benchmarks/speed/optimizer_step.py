@@ -18,7 +18,7 @@ The floor is the speed of the memory. SGD with momentum reads gradients, weights
 and velocities and writes two of them: 5 passes over the parameters. LARS first
 reads two of them once more: 7 passes. A pass is half the time that it takes to
 negate all parameters in place, on all cores. For many tiny variables the floor
-says little, because calls dominate. docs/optimizer_step.md says what was tried.
+says little, because calls dominate. docs/performance.md says what was tried.
 """
 
 import concurrent.futures

@@ -109,15 +109,13 @@ def test_no_banner_comes_before_the_result():
     assert result.stderr == ""
 
 
-def test_page_has_every_result():
-    page = report.page(DOCS)
-    assert page == (DOCS / "results" / "report.md").read_text()
+def test_page_is_made_from_the_results(tmp_path):
+    assert report.page(DOCS) == (DOCS / "results" / "report.md").read_text()
     for benchmark in report.BENCHMARKS:
-        assert f"## {benchmark.question}" in page
-        result = json.loads((DOCS / "results" / benchmark.result).read_text())
-        assert benchmark.module.markdown(result) in page
-        if hasattr(benchmark.module, "draw"):
+        if benchmark.has_figure:
             assert (DOCS / "images" / f"{benchmark.name}.png").exists()
+        # Without its result, a benchmark is still on the page.
+        assert report.results(benchmark, tmp_path) == ["Not measured yet."]
 
 
 def test_a_failed_command_ends_the_report():
@@ -133,20 +131,14 @@ def test_measured_figures_are_within_their_limits():
     for result in read_result("allreduce.json").values():
         ways = {line["way"]: line["ratio"][0] for line in result["results"]}
         assert ways[allreduce.OURS] <= 1.05
-    for name, own in read_result("callbacks.json")["callbacks"].items():
-        assert own["cost_percent"] < 1, name
     lines = read_result("scaling.json")["Gloo, 2 ranks"]["results"]
     ratios = {line["accumulation"]: line["all_over_apart"] for line in lines}
     assert ratios[8][0] >= 0.95
 
 
-def test_one_resnet50_in_all_results():
-    results = [
-        read_result("optimizer_step_cpu.json")["resnet50"],
-        *read_result("allreduce.json").values(),
-        read_result("callbacks.json"),
-    ]
-    assert [result["variables"] for result in results] == [161] * len(results)
+def test_one_resnet50():
+    for result in read_result("allreduce.json").values():
+        assert result["variables"] == 161
     assert len(optimizer_step.shapes_of("resnet50")) == 161
 
 
