@@ -45,7 +45,7 @@ ANY_BACKEND_TESTS := $(addprefix tests/keras_lars/, \
 
 .PHONY: help demo demo-seeds test lint docs unit-tests parallel-tests \
   mpi-tests job-tests test-cluster slurm-tests torch-tests gpu-build-test \
-  bench clean always
+  compat compat-oldest compat-newest bench clean always
 
 ## help            list the targets
 help:
@@ -130,6 +130,23 @@ gpu-build-test: .settings
 	build/gpu/bin/python -m horovod_recipes.install_horovod --gpu
 	$(JOB) build/gpu/bin/python -m pytest tests/gpu_build
 	rm -rf build/gpu
+
+## compat          test the oldest and the newest TensorFlow and Keras
+COMPAT_TESTS := $(addprefix tests/keras_lars/, keras_names_test.py lars_test.py) \
+  tests/horovod_recipes/keras/hooks_test.py
+COMPAT_PARALLEL_TESTS := $(addprefix tests/parallel/, optimizer_test.py \
+  reduction_test.py loss_scale_test.py gradient_tape_test.py xla_test.py \
+  sync_batch_norm_test.py)
+compat: compat-oldest compat-newest
+compat-oldest: REQUIREMENTS := tensorflow-cpu==2.16.2 keras==3.10.0
+compat-newest: REQUIREMENTS := tensorflow-cpu==2.21.0 keras
+compat-oldest compat-newest: .settings
+	"$(BASE_PYTHON)" -m venv --clear build/$@
+	build/$@/bin/python -m pip install --quiet $(REQUIREMENTS) pytest
+	build/$@/bin/python -m horovod_recipes.install_horovod
+	$(JOB) build/$@/bin/python -m pytest $(COMPAT_TESTS)
+	$(JOB) build/$@/bin/horovodrun --gloo -np 2 build/$@/bin/python -m pytest \
+	  -o faulthandler_exit_on_timeout=true $(COMPAT_PARALLEL_TESTS)
 
 ## bench           measure speed: half an hour on a quiet machine
 bench: .venv/done
