@@ -1,4 +1,4 @@
-"""AlexNet as Caffe has it, and with batch norm: the paper's first networks."""
+"""AlexNet and AlexNet-BN, the LARS paper's first two networks."""
 
 import functools
 
@@ -10,8 +10,9 @@ from horovod_recipes.models.layers import GroupedConv2D
 from horovod_recipes.models.layers import LocalResponseNormalization
 from horovod_recipes.models.layers import batch_norm_layer
 
-# At 67 pixels the last pooling sees 3x3 pixels, which is all of its window.
-SMALLEST_IMAGE = 67
+# Smallest height and width of an image, in pixels.
+# At this size the last pooling window covers its whole input.
+SMALLEST_SIDE_PIXELS = 67
 
 
 def alexnet(
@@ -25,42 +26,43 @@ def alexnet(
 ):
     """Returns an AlexNet, from uint8 images to float32 logits.
 
-    With `"lrn"` it is BVLC's, the AlexNet of the LARS paper: layers, groups
-    and initial values are those of `models/bvlc_alexnet/train_val.prototxt`
-    in https://github.com/BVLC/caffe. As there, the mean is taken from the
-    images and they are not scaled: with pixels of standard deviation 1 in
-    place of about 60, the initial weights would let hardly anything of the
-    image through.
+    `normalization="lrn"` gives BVLC's network, which the LARS paper trains. Its
+    layers, groups and initial values come from
+    `models/bvlc_alexnet/train_val.prototxt` in https://github.com/BVLC/caffe.
+    As there, the network subtracts the mean from the images but does not scale
+    them. The small initial weights need pixels with a standard deviation of
+    about 60: with 1, hardly any signal would reach the logits.
 
-    With `"batch_norm"` it is AlexNet-BN. Of that the LARS paper says only that
-    batch norm replaces LRN; its authors' file, `models/alexnet_bn/
-    train_val.prototxt` in NVIDIA's fork of Caffe, has a batch norm after each
-    of the five convolutions, before ReLU, and keeps dropout. The biases of the
-    convolutions, which do nothing before a batch norm, are left out (there,
-    conv5 keeps its).
+    `normalization="batch_norm"` gives AlexNet-BN. The LARS paper only says that
+    batch norm replaces LRN. Its authors published the network as
+    `models/alexnet_bn/train_val.prototxt` in NVIDIA's fork of Caffe. There, a
+    batch norm follows each of the five convolutions, before ReLU, and dropout
+    stays. A bias has no effect before a batch norm, so these convolutions have
+    none; NVIDIA's file keeps the bias of conv5.
 
     Args:
-        image_shape: Tuple `(height, width, 3)` of the uint8 images, 227 pixels
-            high and wide in the paper, 67 at least.
+        image_shape: Tuple `(height, width, 3)` of the uint8 images. Each side
+            needs at least 67 pixels; the paper uses 227.
         num_classes: Integer, the number of logits.
         normalization: `"lrn"` or `"batch_norm"`. Defaults to `"lrn"`.
-        batch_norm: `"micro_batch"` or `"synchronized"`: whose images the
-            batch statistics are of, this rank's or those of all. Defaults to
-            `"micro_batch"`.
-        batch_norm_momentum: Float, the share of the old moving statistics in
-            the new. Defaults to `0.9`, as in NVIDIA's file.
+        batch_norm: `"micro_batch"` or `"synchronized"`; see
+            `layers.batch_norm_layer`. Defaults to `"micro_batch"`.
+        batch_norm_momentum: Float, the weight of the old moving statistics in
+            an update. Defaults to `0.9`, as in NVIDIA's file.
         batch_norm_epsilon: Float, added to the variance. Defaults to `1e-4`,
             as in NVIDIA's file.
-        dropout: Float, the share of fc6 and fc7 to drop. Defaults to `0.5`.
+        dropout: Float, the fraction of the outputs of fc6 and fc7 to drop.
+            Defaults to `0.5`.
 
     Raises:
-        ValueError: If images are too small, or `normalization` or
-            `batch_norm` is none of those above.
+        ValueError: If the images are too small, or if `normalization` or
+            `batch_norm` is not valid.
     """
-    if min(image_shape[:2]) < SMALLEST_IMAGE:
+    if min(image_shape[:2]) < SMALLEST_SIDE_PIXELS:
         raise ValueError(
-            f"AlexNet needs images of at least {SMALLEST_IMAGE} x "
-            f"{SMALLEST_IMAGE} pixels. Received: image_shape={image_shape}"
+            f"AlexNet needs images of at least {SMALLEST_SIDE_PIXELS} x "
+            f"{SMALLEST_SIDE_PIXELS} pixels. Received: "
+            f"image_shape={image_shape}"
         )
     if normalization not in ("lrn", "batch_norm"):
         raise ValueError(
@@ -108,7 +110,7 @@ def alexnet(
 
 
 def convolution(x, index, filters, size, norm, bias=0.0, **arguments):
-    """Returns what a convolution, a batch norm if any, and ReLU make of `x`."""
+    """Applies a convolution, a batch norm unless `norm` is None, and ReLU."""
     x = GroupedConv2D(
         filters,
         size,
@@ -124,7 +126,7 @@ def convolution(x, index, filters, size, norm, bias=0.0, **arguments):
 
 
 def fully_connected(x, index, dropout):
-    """Returns what a dense layer of 4,096, ReLU and dropout make of `x`."""
+    """Applies a dense layer with 4,096 outputs, ReLU and dropout."""
     x = layers.Dense(
         4096,
         activation="relu",

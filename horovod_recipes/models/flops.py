@@ -1,4 +1,4 @@
-"""What training a network takes in arithmetic."""
+"""Counts the arithmetic that training a network takes."""
 
 import math
 
@@ -6,8 +6,8 @@ import math
 def training_flops(model):
     """Returns the FLOPs of a forward and a backward pass over one image.
 
-    Those of convolutions and dense layers: two for each weight and place of
-    the output, and twice as many to go back.
+    Only convolutions and dense layers count. Their forward pass takes two FLOPs
+    per weight and output position, and their backward pass four.
     """
     return 3 * sum(
         2 * math.prod(layer.kernel.shape) * math.prod(layer.output.shape[1:-1])

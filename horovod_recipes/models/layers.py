@@ -1,23 +1,23 @@
-"""The layers that the ImageNet networks share or that Keras has not."""
+"""Layers that the ImageNet networks share or that Keras does not have."""
 
 import keras
 from keras import layers
 
-# Of the red, green and blue of ImageNet's training images, from 0 to 255: the
-# values that torchvision and fb.resnet.torch give for 0 to 1, times 255.
+# Mean and standard deviation of ImageNet's red, green and blue, from 0 to 255.
+# They are 255 times torchvision's values.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STDDEV = (58.395, 57.12, 57.375)
 
 
 def batch_norm_layer(kind, **arguments):
-    """Returns a batch norm, with the statistics that a config asks for.
+    """Returns the batch norm layer that a config asks for.
 
     Args:
-        kind: `"micro_batch"`, whose statistics are those of the images that
-            one rank has in one forward pass, also called ghost batch norm; or
-            `"synchronized"`, of those of all ranks in that pass, which needs
-            Horovod.
-        **arguments: Of `keras.layers.BatchNormalization`.
+        kind: `"micro_batch"` or `"synchronized"`. The first, also called ghost
+            batch norm, computes its statistics over the images of one rank in
+            one forward pass. The second computes them over the images of all
+            ranks in that pass; it needs Horovod.
+        **arguments: The arguments of `keras.layers.BatchNormalization`.
 
     Raises:
         ValueError: If `kind` is neither of the two.
@@ -25,7 +25,7 @@ def batch_norm_layer(kind, **arguments):
     if kind == "micro_batch":
         return layers.BatchNormalization(**arguments)
     if kind == "synchronized":
-        # Networks are also loaded and planned for where there is no Horovod.
+        # Loading and planning other networks must not need Horovod.
         from horovod_recipes.keras import SyncBatchNormalization
 
         return SyncBatchNormalization(**arguments)
@@ -37,11 +37,11 @@ def batch_norm_layer(kind, **arguments):
 
 @keras.saving.register_keras_serializable("horovod_recipes")
 class GroupedConv2D(layers.Conv2D):
-    """A convolution in groups, as one ordinary convolution a group.
+    """A grouped convolution, computed as one ordinary convolution per group.
 
-    Keras compiles grouped convolutions with XLA, since TensorFlow has none on
-    the CPU. There that takes eight times as long: 825 ms in place of 104 ms for
-    AlexNet's conv2, forward and backward, with 16 images on two cores.
+    TensorFlow has no grouped convolution for the CPU, so Keras compiles one
+    with XLA. On two cores that takes 825 ms instead of 104 ms for AlexNet's
+    conv2, forward and backward, with 16 images.
     """
 
     def convolution_op(self, inputs, kernel):
@@ -61,18 +61,19 @@ class GroupedConv2D(layers.Conv2D):
 
 @keras.saving.register_keras_serializable("horovod_recipes")
 class LocalResponseNormalization(layers.Layer):
-    """AlexNet's local response normalization, across channels, as in Caffe.
+    """AlexNet's local response normalization across channels, as in Caffe.
 
-    Divides by `(1 + alpha / 5 * s) ** 0.75`, where `s` sums the squares of five
-    channels, two on each side, and `alpha` is 1e-4. That is Caffe's LRN with
-    the values of BVLC's AlexNet; TensorFlow's operation takes `alpha / 5`.
+    It divides each value by `(1 + alpha / 5 * s) ** 0.75`. Here `alpha` is
+    1e-4, and `s` sums the squares of five channels: its own and two on each
+    side. These are Caffe's formula and the values of BVLC's AlexNet.
+    TensorFlow's operation expects `alpha / 5`.
     """
 
     def call(self, inputs):
-        # The other networks are for machines without TensorFlow too.
+        # Importing this module must not need TensorFlow.
         import tensorflow as tf
 
-        # Squares of half-precision numbers overflow.
+        # In half precision the squares would overflow.
         outputs = tf.nn.local_response_normalization(
             tf.cast(inputs, tf.float32),
             depth_radius=2,

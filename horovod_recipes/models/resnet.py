@@ -1,4 +1,4 @@
-"""ResNet-50, the first version of 2015 and the one that MLPerf trains."""
+"""ResNet-50 in two versions: v1 of the 2015 paper, and v1.5 of MLPerf."""
 
 import functools
 
@@ -25,39 +25,39 @@ def resnet50(
 ):
     """Returns a ResNet-50, from uint8 images to float32 logits.
 
-    The network is that of He et al. (https://arxiv.org/abs/1512.03385), table
-    1, with projection shortcuts where the shape changes (their option B), and
-    without biases in front of batch norms. Images are normalized inside, by
-    the mean and standard deviation of each of ImageNet's channels.
+    He et al. describe it in table 1 (https://arxiv.org/abs/1512.03385). A
+    projection shortcut stands wherever the shape changes (their option B).
+    Convolutions before a batch norm have no bias. The first layer normalizes
+    images by the mean and standard deviation of ImageNet's channels.
 
     Args:
         image_shape: Tuple `(height, width, 3)` of the uint8 images.
         num_classes: Integer, the number of logits.
-        version: Where the first block of stages 2 to 4 has its stride of 2:
-            `"v1"` in the first convolution, 1x1, as in the paper; `"v1.5"` in
-            the second, 3x3, as in MLPerf. Defaults to `"v1.5"`.
-        batch_norm: `"micro_batch"` or `"synchronized"`: whose images the
-            batch statistics are of, this rank's or those of all. Defaults to
-            `"micro_batch"`.
-        batch_norm_momentum: Float, the share of the old moving statistics in
-            the new. Defaults to `0.9`, as in MLPerf.
+        version: `"v1"` or `"v1.5"`. It places the stride of 2 in the first
+            block of stages 2 to 4. In `"v1"` the first convolution, 1x1, has
+            it, as in the paper. In `"v1.5"` the second, 3x3, has it, as in
+            MLPerf. Defaults to `"v1.5"`.
+        batch_norm: `"micro_batch"` or `"synchronized"`; see
+            `layers.batch_norm_layer`. Defaults to `"micro_batch"`.
+        batch_norm_momentum: Float, the weight of the old moving statistics in
+            an update. Defaults to `0.9`, as in MLPerf.
         batch_norm_epsilon: Float, added to the variance. Defaults to `1e-5`,
             as in MLPerf.
         zero_gamma: Whether the scale of each block's last batch norm starts
-            at 0, so that the block starts as its shortcut (Goyal et al.,
+            at 0. The block then starts as its shortcut (Goyal et al.,
             https://arxiv.org/abs/1706.02677, section 5.1). Defaults to
             `False`.
-        stage_blocks: Tuple of integers, the blocks of each stage. Defaults to
-            `(3, 4, 6, 3)`.
-        width: Integer, the channels of the first convolution; the stages
-            have 4, 8, 16 and 32 times as many. Defaults to `64`.
-        kernel_initializer: Of the convolutions. Defaults to `"he_normal"`, as
-            in MLPerf.
+        stage_blocks: Tuple of integers, the number of blocks of each stage.
+            Defaults to `(3, 4, 6, 3)`.
+        width: Integer, the channels of the first convolution. The stages have
+            4, 8, 16 and 32 times as many. Defaults to `64`.
+        kernel_initializer: The initializer of the convolutions. Defaults to
+            `"he_normal"`, as in MLPerf.
         logits_stddev: Float, the standard deviation of the last layer's
             normal initial weights. Defaults to `0.01`, as in MLPerf.
 
     Raises:
-        ValueError: If `version` or `batch_norm` is none of those above.
+        ValueError: If `version` or `batch_norm` is not valid.
     """
     if version not in ("v1", "v1.5"):
         raise ValueError(
@@ -103,7 +103,7 @@ def resnet50(
 
 
 def stem(inputs, width, convolution, norm):
-    """Returns the normalized images, at a quarter of their size."""
+    """Normalizes the images, and reduces their size to a quarter."""
     x = layers.Rescaling(
         [1 / stddev for stddev in IMAGENET_STDDEV],
         offset=[
@@ -117,7 +117,7 @@ def stem(inputs, width, convolution, norm):
     x = convolution(width, 7, strides=2, name="stem_conv")(x)
     x = norm(name="stem_bn")(x)
     x = layers.ReLU(name="stem_relu")(x)
-    # After ReLU, zeros never are the maximum of a window with an image in it.
+    # Padding with zeros is safe: after ReLU no value is below zero.
     x = layers.ZeroPadding2D(1, name="stem_pool_pad")(x)
     return layers.MaxPooling2D(3, strides=2, name="stem_pool")(x)
 
@@ -125,7 +125,7 @@ def stem(inputs, width, convolution, norm):
 def bottleneck_block(
     x, filters, stride, project, version, last_gamma, convolution, norm, name
 ):
-    """Returns `x` plus what three convolutions make of it, through ReLU."""
+    """Adds three convolutions of `x` to its shortcut, and applies ReLU."""
     shortcut = x
     if project:
         shortcut = convolution(
@@ -137,7 +137,7 @@ def bottleneck_block(
     x = convolution(filters, 1, strides=stride1, name=f"{name}_conv1")(x)
     x = norm(name=f"{name}_bn1")(x)
     x = layers.ReLU(name=f"{name}_relu1")(x)
-    # Padding "same" with a stride of 2 would pad an even side at one end only.
+    # With a stride of 2, "same" would pad an even side at one end only.
     x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
     x = convolution(filters, 3, strides=stride2, name=f"{name}_conv2")(x)
     x = norm(name=f"{name}_bn2")(x)

@@ -1,7 +1,8 @@
-"""A rehearsal: any ImageNet recipe, whole but small, on generated images.
+"""Rehearses an ImageNet recipe on generated images, before you rent a cluster.
 
-Before a cluster is rented: JPEGs in tars as ImageNet has them, TFDS's real
-builder, and a few updates of the recipe with small images and batches.
+A rehearsal writes JPEGs into tars like ImageNet's, and prepares them with
+TFDS's real builder. Then it trains two short epochs of the recipe, with small
+images and small batches.
 """
 
 import io
@@ -12,33 +13,34 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-BATCH_PER_RANK = 8
-MICRO_BATCH = 4
+from horovod_recipes.models.alexnet import SMALLEST_SIDE_PIXELS
+
+IMAGES_PER_RANK = 8
+IMAGES_PER_MICRO_BATCH = 4
 TEST_IMAGES = 32
 TRAIN_IMAGES_PER_CLASS = 2
-# The smallest that AlexNet takes.
-IMAGE_SIZE = 67
 
 
 def make_small(config, data_dir, ranks):
-    """Changes a recipe's config, in place, to one that CPUs can run.
+    """Changes a recipe's config in place, so that CPUs can run it.
 
-    The network and its optimizer stay; the schedule is 2 epochs, one of them
-    to warm up if there was a warm-up, with the rate scaled to the small batch,
-    linearly. The dataset, whatever it was, is what `write_dataset` writes.
+    The network and its optimizer stay. The schedule has 2 epochs, and its rate
+    is scaled linearly to the small batch. The first epoch is the warm-up if the
+    recipe has one. The dataset becomes the one that `write_dataset` writes.
 
     Args:
         config: The recipe's `ConfigDict`.
-        data_dir: String, where `write_dataset` writes to.
-        ranks: Integer, 7 at most: each takes 8 of the images at once.
+        data_dir: String, the folder that `write_dataset` writes to.
+        ranks: Integer, the number of ranks, at most 7. The images do not fill
+            a larger batch.
     """
     classes = validation_classes()[:TEST_IMAGES]
-    batch = BATCH_PER_RANK * ranks
+    batch = IMAGES_PER_RANK * ranks
     config.schedule.peak_learning_rate *= batch / config.global_batch_size
     config.schedule.warmup_epochs = min(1, config.schedule.warmup_epochs)
     config.update(
         global_batch_size=batch,
-        max_micro_batch_size=MICRO_BATCH,
+        max_micro_batch_size=IMAGES_PER_MICRO_BATCH,
         epochs=2,
         evaluate_every_epochs=1,
         checkpoint_every_epochs=1,
@@ -53,12 +55,12 @@ def make_small(config, data_dir, ranks):
         num_classes=1000,
         train_examples=len(set(classes)) * TRAIN_IMAGES_PER_CLASS,
         test_examples=TEST_IMAGES,
-        image_size=IMAGE_SIZE,
+        image_size=SMALLEST_SIDE_PIXELS,
     )
 
 
 def write_dataset(data_dir):
-    """Prepares TFDS's imagenet2012 from tars of generated JPEGs, once."""
+    """Prepares TFDS's imagenet2012 from generated JPEGs, unless it is there."""
     builder = tfds.builder("imagenet2012", data_dir=data_dir)
     if builder.is_prepared():
         return
@@ -81,7 +83,7 @@ def write_dataset(data_dir):
 
 
 def generated_jpeg(colour, rng):
-    """Returns a JPEG of a size of its own: a colour, a gradient and noise."""
+    """Returns a JPEG of random size, with a colour, a gradient and noise."""
     height, width = rng.integers(70, 140, 2)
     ramp = np.linspace(-30, 30, width)[None, :, None]
     noise = rng.normal(0, 10, (height, width, 3))
@@ -90,12 +92,13 @@ def generated_jpeg(colour, rng):
 
 
 def write_tars(folder, train, validation):
-    """Writes images as the tars that ImageNet comes in.
+    """Writes images into tars with the names and layout of ImageNet's.
 
     Args:
         folder: `pathlib.Path`, TFDS's folder for manual downloads.
-        train: Dict of lists of JPEGs, bytes, by class, such as `"n01440764"`.
-        validation: List of JPEGs; they are of the classes that
+        train: Dict from class names, such as `"n01440764"`, to lists of JPEGs
+            as bytes.
+        validation: List of JPEGs as bytes. Their classes are those that
             `validation_classes` returns.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,7 @@ def write_tars(folder, train, validation):
 
 
 def validation_classes():
-    """Returns the classes of ImageNet's validation images, in their order."""
+    """Returns the class of each ImageNet validation image, in their order."""
     path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     return path.read_text().split()
 

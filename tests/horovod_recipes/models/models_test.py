@@ -1,4 +1,4 @@
-"""The networks, against their papers, NumPy and another implementation."""
+"""Compares the networks with their papers, with NumPy and with Keras's."""
 
 import functools
 import subprocess
@@ -58,7 +58,7 @@ def count(variables):
 
 
 def multiply_adds(model):
-    """Of the convolutions and dense layers, for one image."""
+    """Returns the multiply-adds of convolutions and dense layers per image."""
     return sum(
         np.prod(layer.output.shape[1:-1]) * np.prod(layer.kernel.shape)
         for layer in model.layers
@@ -67,14 +67,15 @@ def multiply_adds(model):
 
 
 def test_resnet50_has_the_published_size(resnet50_v1, resnet50_v1_5):
-    """Parameters and 4.089e9: torchvision's table; 3.8e9: He et al., table 1.
+    """Checks the parameters and multiply-adds against published tables.
 
-    Sze et al. (https://arxiv.org/abs/1703.09039), table II, have 3.86e9 for
-    the convolutions of v1.
+    torchvision's table lists the parameters, and 4.089e9 multiply-adds for
+    v1.5. For v1, He et al. list 3.8e9 (table 1), and Sze et al. list 3.86e9 for
+    its convolutions (https://arxiv.org/abs/1703.09039, table II).
     """
     for model in (resnet50_v1, resnet50_v1_5):
         assert count(model.trainable_variables) == 25_557_032
-        # 53 convolutions, two for each of their batch norms, and the logits.
+        # 53 kernels, gamma and beta of 53 batch norms, and the logits layer.
         assert len(model.trainable_variables) == 53 + 2 * 53 + 2
         assert count(model.non_trainable_variables) == 53_120
         assert model.output.shape == (None, 1000)
@@ -83,9 +84,10 @@ def test_resnet50_has_the_published_size(resnet50_v1, resnet50_v1_5):
 
 
 def test_alexnet_has_the_published_size(bvlc_alexnet):
-    """Sze et al. (https://arxiv.org/abs/1703.09039), table II: 61 M and 724 M.
+    """Checks the parameters and multiply-adds against a published table.
 
-    The exact number of parameters is that of the file Caffe trains.
+    Sze et al. (https://arxiv.org/abs/1703.09039), table II, list 61 M and 724
+    M. Caffe's network has exactly this number of parameters.
     """
     assert count(bvlc_alexnet.trainable_variables) == 60_965_224
     assert multiply_adds(bvlc_alexnet) == 724_406_816
@@ -103,7 +105,7 @@ def test_alexnet_has_the_published_size(bvlc_alexnet):
     }
 
 
-def test_alexnet_bn_has_batch_norms_in_place_of_biases_and_lrn():
+def test_alexnet_bn_has_batch_norms_instead_of_biases_and_lrn():
     model = alexnet((227, 227, 3), 1000, normalization="batch_norm")
     filters = 96 + 256 + 384 + 384 + 256
     assert count(model.trainable_variables) == 60_965_224 + filters
@@ -112,14 +114,14 @@ def test_alexnet_bn_has_batch_norms_in_place_of_biases_and_lrn():
     assert not any("lrn" in layer.name for layer in model.layers)
 
 
-def test_images_that_alexnet_can_take():
+def test_smallest_image_of_alexnet():
     assert small_alexnet().get_layer("pool5").output.shape[1:] == (1, 1, 256)
     with pytest.raises(ValueError, match="at least 67 x 67 pixels"):
         alexnet((80, 66, 3), 10)
 
 
-def test_resnet50_v1_equals_that_of_keras():
-    """Keras's convolutions have biases: a batch norm's mean takes them up."""
+def test_resnet50_v1_equals_keras_applications():
+    """Keras's convolutions have biases; our batch norm means absorb them."""
     ours = resnet50((64, 64, 3), 10, version="v1", batch_norm_epsilon=1.001e-5)
     theirs = keras.applications.ResNet50(
         weights=None,
@@ -155,7 +157,7 @@ def test_resnet50_v1_equals_that_of_keras():
 
 
 def our_name(name):
-    """Returns our name of a layer of Keras's: conv3_block1_0_bn and such."""
+    """Translates a layer name of Keras's ResNet, such as conv3_block1_0_bn."""
     stage, *block, kind = name.removeprefix("conv").split("_")
     if not block:
         return f"stem_{kind}"
@@ -178,7 +180,7 @@ def test_strides_of_the_two_versions(resnet50_v1, resnet50_v1_5):
 
 
 def test_resnet50_v1_5_pads_both_sides_alike():
-    """With stride 2 it has every other pixel of what stride 1 would give."""
+    """Stride 2 gives every second pixel of the output with stride 1."""
     model = small_resnet50(version="v1.5")
     x = np.random.default_rng(0).normal(size=(1, 8, 8, 16)).astype("float32")
     convolution = model.get_layer("stage2_block1_conv2")
@@ -217,7 +219,7 @@ def test_initial_values_of_resnet50(resnet50_v1):
 
 
 def test_initial_values_of_alexnet_are_those_of_caffe(bvlc_alexnet):
-    """https://github.com/BVLC/caffe, models/bvlc_alexnet/train_val.prototxt."""
+    """BVLC/caffe has them in models/bvlc_alexnet/train_val.prototxt."""
     expected = {
         "conv1": (0.01, 0.0),
         "conv2": (0.01, 0.1),
@@ -232,7 +234,7 @@ def test_initial_values_of_alexnet_are_those_of_caffe(bvlc_alexnet):
         layer = bvlc_alexnet.get_layer(name)
         kernel = layer.kernel.numpy()
         assert kernel.std() == pytest.approx(stddev, rel=0.02)
-        # Normal and not truncated: 0.27 % are beyond 3 standard deviations.
+        # A normal distribution has 0.27 % beyond 3 standard deviations.
         outside = (abs(kernel) > 3 * stddev).mean()
         assert outside == pytest.approx(0.0027, rel=0.3)
         np.testing.assert_array_equal(layer.bias, np.float32(bias))
@@ -265,7 +267,7 @@ def test_grouped_convolution():
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_local_response_normalization(policy):
-    # The squares of many are beyond float16's 65,504.
+    # Many squares exceed float16's largest value, 65,504.
     x = np.random.default_rng(0).normal(scale=300, size=(2, 3, 3, 7))
     squares = np.pad(x**2, [(0, 0), (0, 0), (0, 0), (2, 2)])
     neighbours = sum(squares[..., i : i + 7] for i in range(5))
@@ -312,7 +314,7 @@ def test_logits_are_float32_whatever_the_policy(create, policy):
     assert {v.dtype for v in mixed.trainable_variables} == {"float32"}
     logits = mixed.predict(images(model), verbose=0)
     assert logits.dtype == "float32"
-    # They are not rounded to half precision.
+    # The logits were never rounded to half precision.
     rounded = tf.cast(logits, first.compute_dtype).numpy()
     assert (logits != rounded.astype("float32")).any()
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
@@ -333,13 +335,13 @@ def test_every_variable_has_a_name_and_a_gradient(create):
         assert 0 < np.linalg.norm(gradient) < np.inf, path
 
 
-def test_dropout_is_for_training_alone():
+def test_dropout_acts_in_training_only():
     model = small_alexnet(dropout=0.25)
     assert [model.get_layer(f"drop{i}").rate for i in (6, 7)] == [0.25, 0.25]
     drop6 = keras.Model(model.input, model.get_layer("drop6").output)
     kept = (drop6(images(model), training=True).numpy() != 0).mean()
     evaluated = (drop6(images(model), training=False).numpy() != 0).mean()
-    # At the start all of fc6's biases are 0.1.
+    # fc6's biases start at 0.1, so nearly all of its outputs are positive.
     assert evaluated > 0.99
     assert kept == pytest.approx(0.75, abs=0.01)
 
@@ -352,7 +354,7 @@ def test_arguments_of_batch_norm(create):
         for layer in model.layers
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
-    # In a ResNet: the first, three of each block, and the projections.
+    # ResNet has one in the stem, and four per block with a projection.
     assert len(norms) == (1 + 4 * 4 if create is small_resnet50 else 5)
     for layer in norms:
         assert (layer.momentum, layer.epsilon) == (0.8, 0.25)
