@@ -1,1 +1,1 @@
-"""Images on disk, and how a rank reads them."""
+"""Images on disk, and the input pipeline that reads them on each rank."""

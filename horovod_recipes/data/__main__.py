@@ -1,9 +1,9 @@
-"""Writes a TFDS dataset to disk, once, before the jobs that read it.
+"""Prepares a TFDS dataset on disk. Run it once, before the training jobs.
 
     python -m horovod_recipes.data mnist5k [--data_dir=DIR]
 
-Takes any TFDS name. Some datasets, such as imagenet2012, cannot be downloaded
-by TFDS: put their archives into DIR/downloads/manual first.
+Every TFDS name works. TFDS cannot download some datasets, such as
+imagenet2012: put their archives into DIR/downloads/manual first.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from horovod_recipes.errors import one_line
 
 
 def main(arguments):
-    """Prepares the dataset that a command line names; returns the status."""
+    """Prepares the dataset that `arguments` name; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m horovod_recipes.data",
         description=__doc__,
@@ -24,7 +24,7 @@ def main(arguments):
     )
     parser.add_argument("name", help="the name of a TFDS dataset")
     parser.add_argument(
-        "--data_dir", help="TFDS's data folder; TFDS_DATA_DIR by default"
+        "--data_dir", help="TFDS's data folder; default: TFDS_DATA_DIR"
     )
     options = parser.parse_args(arguments)
     with without_banner():
@@ -40,13 +40,16 @@ def main(arguments):
 
 
 def prepare(builder):
-    """Downloads and writes a dataset, unless it is on disk.
+    """Downloads a dataset and writes it, unless it is already on disk.
 
     Raises:
         JobError: If an archive or a package is missing.
     """
     import tensorflow as tf
+    import tensorflow_datasets as tfds
 
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         builder.download_and_prepare()
     except ModuleNotFoundError as error:
@@ -55,7 +58,7 @@ def prepare(builder):
             f"pip install {error.name}"
         ) from None
     except (
-        AssertionError,  # TFDS raises it where the archives' folder is missing.
+        AssertionError,  # TFDS raises it if the archives' folder is missing.
         tarfile.ReadError,
         tf.errors.NotFoundError,
         tf.errors.OutOfRangeError,

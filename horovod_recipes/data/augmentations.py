@@ -1,22 +1,27 @@
-"""From an encoded image to pixels of one size: decode, crop, resize, flip.
+"""Turns an encoded image into pixels: decode, crop, resize, flip.
 
-A JPEG is decoded only where its crop is. Every function takes an encoded image,
-a stateless seed, which is a pair of integers, the shape of the result, and
-whether the image is known to be a JPEG, so that there is no need to look; it
-returns uint8 `[height, width, channels]`.
+Only the cropped part of a JPEG is decoded. Every public function takes
+
+- `encoded`: the encoded image;
+- `seed`: a stateless seed, a pair of integers;
+- `shape`: the `(height, width, channels)` of the result;
+- `is_jpeg`: True if the caller knows that the image is a JPEG. Defaults to
+  `False`: the function then looks.
+
+It returns uint8 pixels of that shape.
 """
 
 import math
 
 import tensorflow as tf
 
-# 224 of 256 pixels: the part of an image that a crop shows (paper, section 5;
-# He et al., arXiv 1512.03385, section 3.4).
+# Fraction of the height and width that a crop shows.
+# Source: the LARS paper, section 5; He et al., arXiv 1512.03385, section 3.4.
 CROP_FRACTION = 224 / 256
 
 
 def whole(encoded, seed, shape, is_jpeg=False):
-    """The whole image, resized where its size is another."""
+    """Returns the whole image, resized to `shape`."""
     if is_jpeg:
         image = tf.io.decode_jpeg(encoded, channels=shape[-1])
     else:
@@ -25,9 +30,10 @@ def whole(encoded, seed, shape, is_jpeg=False):
 
 
 def random_affine(encoded, seed, shape, is_jpeg=False):
-    """Turns, scales and moves an image a little, about its centre.
+    """Rotates, scales and shifts an image at random.
 
-    By up to 10 degrees, 10 % and 2 pixels; black comes in at the edges.
+    It rotates by up to 10 degrees, scales by up to 10 % and shifts by up to 2
+    pixels. Pixels from outside the image are black.
     """
     height, width, _ = shape
     limits = tf.constant([math.radians(10), 0.1, 2.0, 2.0])
@@ -57,11 +63,11 @@ def random_affine(encoded, seed, shape, is_jpeg=False):
 
 
 def minimal(encoded, seed, shape, is_jpeg=False):
-    """The paper's: scaled to 256 x 256, a random 224 x 224 of it, flipped.
+    """Returns the paper's training crop, flipped in half of the cases.
 
-    The image is not scaled as a whole: what the crop shows of it is decoded
-    and resized, which comes to the same. It shows 224 of 256 pixels at other
-    sizes too. Half of the images are flipped.
+    The paper scales the image to 256 x 256 and takes a random 224 x 224 crop.
+    This function gives the same result faster: it decodes and resizes only the
+    cropped part. The crop shows 224/256 of each side for every `shape`.
     """
     top, left, flip = tf.unstack(_uniform(seed, 3))
 
@@ -73,12 +79,13 @@ def minimal(encoded, seed, shape, is_jpeg=False):
 
 
 def inception(encoded, seed, shape, is_jpeg=False):
-    """A crop of 8 to 100 % of the area and 3:4 to 4:3, resized, flipped.
+    """Returns the Inception training crop, flipped in half of the cases.
 
-    As Szegedy et al. have it, arXiv 1409.4842, section 6. Where ten tries find
-    no such crop, the whole image is used. Half of the images are flipped.
+    The crop covers 8 to 100 % of the area, with an aspect ratio from 3:4 to
+    4:3. The source is Szegedy et al., arXiv 1409.4842, section 6. If ten
+    attempts find no such crop, the function uses the whole image.
     """
-    # One seed for both would have the flip follow the crop's aspect ratio.
+    # With a shared seed, the flip would depend on the crop's aspect ratio.
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed))
 
     def window(size):
@@ -99,7 +106,7 @@ def inception(encoded, seed, shape, is_jpeg=False):
 
 
 def centre_of_scaled(encoded, seed, shape, is_jpeg=False):
-    """Scaled to 256 x 256, the 224 x 224 in the middle: the paper's test."""
+    """Returns the paper's test crop: the central 224/256 of each side."""
 
     def window(size):
         extent = CROP_FRACTION * size
@@ -109,7 +116,7 @@ def centre_of_scaled(encoded, seed, shape, is_jpeg=False):
 
 
 def centre_square(encoded, seed, shape, is_jpeg=False):
-    """The square in the middle, 7/8 of the shorter side wide, resized."""
+    """Returns the central square whose side is 7/8 of the shorter side."""
 
     def window(size):
         side = CROP_FRACTION * tf.reduce_min(size)
@@ -120,44 +127,47 @@ def centre_square(encoded, seed, shape, is_jpeg=False):
 
 
 def _uniform(seed, count):
-    """Returns numbers from 0 to 1, by fewer operations than tf.random has."""
+    """Returns uniform random numbers from 0 to 1.
+
+    `tf.random.stateless_uniform` gives the same with more operations.
+    """
     return tf.raw_ops.StatelessRandomUniform(shape=[count], seed=seed)
 
 
 def _crop(encoded, window, shape, is_jpeg):
-    """Decodes a window of an image, and resizes it.
+    """Decodes a window of an image, and resizes it to `shape`.
 
     Args:
-        encoded: String.
-        window: Function of the image's height and width, float32 `[2]`, that
-            returns top, left, height and width, float32 or int32 `[4]`.
-        shape: Tuple of the result.
-        is_jpeg: Whether it is known to be a JPEG.
+        encoded: See the module.
+        window: Function. It gets the image's height and width, float32 `[2]`,
+            and returns top, left, height and width, float32 or int32 `[4]`.
+        shape: See the module.
+        is_jpeg: See the module.
     """
 
     def rounded(size):
         numbers = tf.cast(window(tf.cast(size, tf.float32)), tf.float32)
-        # Top and left down, height and width to the nearest above 0.
+        # Round top and left down. Round height and width to the nearest.
         numbers += tf.constant([0.0, 0.0, 0.5, 0.5])
         lowest = tf.constant([0, 0, 1, 1])
         return tf.maximum(tf.cast(numbers, tf.int32), lowest)
 
-    def of_jpeg():
+    def crop_jpeg():
         size = tf.io.extract_jpeg_shape(encoded)[:2]
         return tf.image.decode_and_crop_jpeg(
             encoded, rounded(size), channels=shape[-1]
         )
 
-    def of_others():
+    def crop_other():
         image = _decode_any(encoded, shape)
         top, left, height, width = tf.unstack(rounded(tf.shape(image)[:2]))
         return image[top : top + height, left : left + width]
 
     if is_jpeg:
-        image = of_jpeg()
+        image = crop_jpeg()
     else:
-        # ImageNet has a PNG under the name of a JPEG.
-        image = tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others)
+        # One ImageNet file is a PNG although its name ends in .JPEG.
+        image = tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_other)
     return _resize(image, shape)
 
 
@@ -169,17 +179,17 @@ def _decode_any(encoded, shape):
 
 def _resize(image, shape):
     image.set_shape([None, None, shape[-1]])
-    # From float32 it is faster, by more than the cast takes.
+    # Casting to float32 first is faster than resizing uint8.
     resized = tf.image.resize(tf.cast(image, tf.float32), shape[:2])
     return tf.cast(resized + 0.5, tf.uint8)
 
 
 def _flip_if(flip, image):
-    # Faster than a slice with a step of -1 by as much as resizing takes.
+    # A slice with a step of -1 would take as long again as the resize.
     return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 
 
-# What is done to the images of training, and to those of evaluation.
+# Functions for training images and for evaluation images, by the config's name.
 AUGMENTATIONS = {
     "none": (whole, whole),
     "random_affine": (random_affine, whole),

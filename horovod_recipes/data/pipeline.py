@@ -1,8 +1,8 @@
-"""Images of one rank from disk to batches, with tf.data.
+"""The input pipeline of one rank: from images on disk to batches, with tf.data.
 
-Source, shard by rank, shuffle, decode and crop, batch, prefetch. Images stay
-encoded until they are decoded one by one, and uint8 until they are in the
-model.
+Its stages: read the rank's shard, shuffle, decode and crop, batch, prefetch.
+The shuffle buffer holds encoded images. Batches are uint8; the model converts
+them to floats.
 """
 
 import dataclasses
@@ -12,22 +12,22 @@ import tensorflow as tf
 
 from horovod_recipes.data.augmentations import AUGMENTATIONS
 
-# Images that are parsed and checked together, and decoded by one thread: so
-# many that what is done once for all of them does not count.
-GROUP_SIZE = 32
-# While one is trained on: the next, and one more, as not all take as long.
-BATCHES_AHEAD = 2
-# What the data of every JPEG begin with.
+# Images that one thread parses and decodes together.
+# The fixed cost of a group is negligible at this size.
+IMAGES_PER_GROUP = 32
+# Batches prepared in advance. The second one absorbs a slow batch.
+PREFETCHED_BATCHES = 2
+# The first bytes of every JPEG.
 JPEG_MARK = b"\xff\xd8\xff"
 
 
 class CorruptImages:
-    """What to do with images that cannot be decoded, and which were met.
+    """Handles images that cannot be decoded, and records their names.
 
     Args:
-        action: `"stop"` ends the pipeline at the first one with an error that
-            names it; `"skip"` leaves them out, says so once for each, and
-            keeps their names.
+        action: `"stop"` ends the pipeline at the first corrupt image, with an
+            error that names it. `"skip"` leaves corrupt images out, prints one
+            warning for each, and collects their names in `names`.
     """
 
     def __init__(self, action):
@@ -35,7 +35,11 @@ class CorruptImages:
         self.names = set()
 
     def handle(self, names):
-        """Returns an operation for the pipeline, given the names of a group."""
+        """Returns the operation that handles the corrupt images of a group.
+
+        Args:
+            names: String tensor, the names of the corrupt images; may be empty.
+        """
         if self.action == "stop":
             return _error_if_any("corrupt image: ", names)
         return tf.cond(
@@ -61,7 +65,7 @@ class RankInput:
         rank: Integer, this rank.
         ranks: Integer, the number of ranks.
         batch_size: Integer, the images in a batch of one rank.
-        threads: Integer, the threads of this pipeline's own pool.
+        threads: Integer, the size of the pipeline's private thread pool.
         corrupt_images: A `CorruptImages`.
     """
 
@@ -84,18 +88,19 @@ def training_batches(
     """Returns an endless dataset of batches of this rank's training images.
 
     Every epoch visits the rank's shard in a new order, with new crops. Both
-    depend only on the seed, the rank and the epoch. So a job that resumes sees
-    what it would have seen.
+    depend only on the seed, the rank and the epoch. So a resumed job sees the
+    same batches as an uninterrupted one.
 
     Args:
         source: From `sources.load_source`.
         config: `ConfigDict`, the `dataset` of a recipe's config.
         rank_input: A `RankInput`.
-        batches_per_epoch: Integer; the images left over are skipped, others
-            in each epoch.
-        first_epoch: Integer, the epoch to begin with, from 0. Defaults to `0`.
-        first_batch: Integer, the batch of that epoch to begin with, from 0.
-            Defaults to `0`.
+        batches_per_epoch: Integer. Each epoch skips the images that are left
+            over; these differ from epoch to epoch.
+        first_epoch: Integer, the epoch to begin with, counted from 0. Defaults
+            to `0`.
+        first_batch: Integer, the batch of that epoch to begin with, counted
+            from 0. Defaults to `0`.
         seed: Integer. Defaults to `0`.
 
     Returns:
@@ -110,11 +115,11 @@ def training_batches(
     buffer_size = config.shuffle_buffer
     if config.cache:
         cached = source.records(config.train_split, rank, ranks).cache()
-        # The buffer holds references to what the cache holds anyway.
+        # A buffer of the whole shard only holds references into the cache.
         buffer_size = source.num_examples(config.train_split) // ranks + 1
 
     def epoch_of_batches(epoch):
-        # Else `shuffle` mixes in the global seed, and fails where that is 0.
+        # Otherwise `shuffle` mixes in the global seed, and fails if it is 0.
         tf.compat.v1.set_random_seed(None)
         epoch_seed = tf.random.experimental.stateless_fold_in(rank_seed, epoch)
         order = tf.random.stateless_uniform(
@@ -128,38 +133,36 @@ def training_batches(
         done = tf.where(epoch == first_epoch, first_batch, 0)
         done = tf.cast(done, tf.int64)
         if corrupt_images.action == "skip":
-            # What is skipped is made up for from a second pass.
+            # Images from a second pass replace the skipped ones.
             records = records.repeat(2).enumerate()
         else:
-            # Batches that are done already are not decoded.
+            # Skip finished batches before they are decoded.
             records = records.enumerate().skip(done * rank_input.batch_size)
-        # A seed for each image is this number and the image's index.
+        # The seed of an image is the pair (key, index of the image).
         key, _ = tf.unstack(
             tf.random.experimental.stateless_fold_in(epoch_seed, 0)
         )
         groups = _decode(records, source, augmentation, key, shape, rank_input)
         batches = groups.rebatch(rank_input.batch_size, drop_remainder=True)
-        missing = _error_instead_of_a_batch(batches.element_spec)
-        batches = batches.concatenate(missing)
+        # Without this error, an epoch without batches would loop forever.
+        batches = batches.concatenate(_too_few_images(batches.element_spec))
         if corrupt_images.action == "skip":
             batches = batches.skip(done)
         return batches.take(batches_per_epoch - done)
 
-    # Not a counter: a service can split a range among its workers only.
+    # A tf.data service can split a range among its workers, but no counter.
     epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
     batches = epochs.flat_map(epoch_of_batches)
     if config.service:
         batches = _through_service(batches, config.service)
-    return batches.prefetch(BATCHES_AHEAD).with_options(
-        _options(rank_input.threads)
-    )
+    return _prefetched(batches, rank_input)
 
 
 def evaluation_batches(source, config, rank_input):
     """Returns one pass over this rank's part of the test split.
 
-    The ranks' parts are disjoint and together the whole split. The last batch
-    may be smaller. Arguments are those of `training_batches`.
+    The parts of the ranks are disjoint and cover the whole split. The last
+    batch may be smaller. `training_batches` describes the arguments.
     """
     shape = source.image_shape(config.image_size)
     _, crop = AUGMENTATIONS[config.augmentation]
@@ -167,17 +170,14 @@ def evaluation_batches(source, config, rank_input):
         config.test_split, rank_input.rank, rank_input.ranks
     ).enumerate()
     groups = _decode(records, source, crop, 0, shape, rank_input)
-    batches = groups.rebatch(rank_input.batch_size)
-    return batches.prefetch(BATCHES_AHEAD).with_options(
-        _options(rank_input.threads)
-    )
+    return _prefetched(groups.rebatch(rank_input.batch_size), rank_input)
 
 
 def _decode(records, source, augmentation, key, shape, rank_input):
-    """Makes numbered records images and labels, in groups; finds the corrupt.
+    """Turns numbered records into groups of images and labels.
 
-    All but decoding and cropping is done once a group: an operation takes about
-    as long for one image as for many.
+    Only decoding and cropping run once per image. Other operations run once per
+    group, since they take about as long for one image as for many.
     """
 
     def decode_group(indices, record):
@@ -198,7 +198,7 @@ def _decode(records, source, augmentation, key, shape, rank_input):
                 )
             )
             none = (tf.zeros([0, *shape], tf.uint8), tf.zeros([0], tf.int64))
-            # A graph cannot catch an error, but a dataset can drop its element.
+            # A graph cannot catch errors. A dataset can drop a failed element.
             return (
                 images.ignore_errors()
                 .batch(count)
@@ -229,21 +229,21 @@ def _decode(records, source, augmentation, key, shape, rank_input):
         ):
             return tf.identity(images), tf.gather(labels, good)
 
-    return records.batch(GROUP_SIZE).map(
+    return records.batch(IMAGES_PER_GROUP).map(
         decode_group, num_parallel_calls=rank_input.threads
     )
 
 
 def _error_if_any(message, names):
-    """Returns an operation that fails and names the first, if there is one."""
+    """Returns an operation that fails and names the first name, if any."""
     first = tf.strings.reduce_join(names[:1])
     return tf.debugging.Assert(
         tf.equal(tf.size(names), 0), [tf.strings.join([message, first])]
     )
 
 
-def _error_instead_of_a_batch(element_spec):
-    """Returns a dataset that fails; one without images would go on for ever."""
+def _too_few_images(element_spec):
+    """Returns a dataset whose only element is an error."""
 
     def fail(is_reached):
         enough = tf.debugging.Assert(
@@ -256,13 +256,12 @@ def _error_instead_of_a_batch(element_spec):
 
 
 def _through_service(batches, address):
-    """Has the workers of a tf.data service make the batches.
+    """Lets the workers of a tf.data service make the batches.
 
-    The service hands out the elements of the pipeline's source, which are the
-    epochs of the rank, to one worker each. So no batch is made twice, and over
-    many epochs every image is seen equally often. With more than one worker,
-    the order of the batches, and where an epoch ends, is not determined. The
-    service's job has no name: it is this iterator's own, and ends with it.
+    The service gives each epoch of the rank to one worker. So no batch is made
+    twice, and the job sees every image equally often over many epochs. With
+    several workers, batches of different epochs mix in an undetermined order.
+    The job is unnamed, so it belongs to one iterator and ends with it.
     """
     return batches.apply(
         tf.data.experimental.service.distribute(
@@ -271,13 +270,12 @@ def _through_service(batches, address):
     )
 
 
-def _options(threads):
+def _prefetched(batches, rank_input):
     options = tf.data.Options()
     options.deterministic = True
-    # It tunes from a thread that sleeps for up to a minute, and an iterator
-    # that ends waits for it.
+    # Its thread sleeps for up to a minute, and a closing iterator waits for it.
     options.autotune.enabled = False
-    options.threading.private_threadpool_size = threads
-    # Images are decoded beside each other, so that one needs one thread.
+    options.threading.private_threadpool_size = rank_input.threads
+    # Groups are decoded in parallel, so one operation needs one thread.
     options.threading.max_intra_op_parallelism = 1
-    return options
+    return batches.prefetch(PREFETCHED_BATCHES).with_options(options)

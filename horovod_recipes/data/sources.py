@@ -1,7 +1,7 @@
-"""Where images come from: a TFDS dataset, or a folder of class folders.
+"""Sources of images: a TFDS dataset, or a folder with one folder per class.
 
-A source gives the records of a rank's shard, and makes batches of them encoded
-images with their labels and names.
+`records` of a source reads a rank's shard from disk. `parse` turns a batch of
+records into encoded images, labels and names.
 """
 
 import pathlib
@@ -13,8 +13,8 @@ import horovod_recipes.data.datasets  # noqa: F401  registers the builders
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 
-# Files read by turns, so that neighbours in a file are apart in the stream.
-FILES_AT_ONCE = 16
+# Files read in turns, which separates images that are neighbours in a file.
+INTERLEAVED_FILES = 16
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -22,14 +22,14 @@ def load_source(name, data_dir):
     """Returns the source of a dataset that is on disk.
 
     Args:
-        name: String, a TFDS name such as `"mnist5k"`; or `"folder"`, for images
+        name: String, a TFDS name such as `"mnist5k"`, or `"folder"` for images
             in `data_dir/SPLIT/CLASS/`.
-        data_dir: String, TFDS's data folder, or None for its default; for
-            `"folder"`, the folder of the splits.
+        data_dir: String. For `"folder"`, the folder that holds the splits;
+            otherwise TFDS's data folder, or None for its default.
 
     Raises:
-        JobError: If the dataset is unknown, not on disk, or not one of images
-            with a class each.
+        JobError: If the dataset is unknown or not on disk, or if it does not
+            hold images with one class each.
     """
     if name == "folder":
         return FolderSource(data_dir)
@@ -42,9 +42,9 @@ def load_builder(name, data_dir):
     builder = find_builder(name, data_dir)
     if not builder.is_prepared():
         raise JobError(
-            f"the dataset {name!r} is not in {builder.data_path}; get it with: "
-            f"python -m horovod_recipes.data {name}{flag} (or set "
-            "TFDS_DATA_DIR to where it is)"
+            f"the dataset {name!r} is not in {builder.data_path}; prepare it "
+            f"with: python -m horovod_recipes.data {name}{flag} (or set "
+            "TFDS_DATA_DIR to the folder that holds it)"
         )
     return builder
 
@@ -55,8 +55,8 @@ def find_builder(name, data_dir):
         return tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise JobError(
-            f"unknown dataset {name!r}: it is neither a TFDS dataset nor one "
-            f"of horovod_recipes.data.datasets ({one_line(error)})"
+            f"unknown dataset {name!r}: neither TFDS nor "
+            f"horovod_recipes.data.datasets has it ({one_line(error)})"
         ) from None
 
 
@@ -78,8 +78,8 @@ class TfdsSource:
             or not isinstance(features[self._label], tfds.features.ClassLabel)
         ):
             raise JobError(
-                f"the dataset {self.name!r} is not one of images with a class "
-                "each"
+                f"the dataset {self.name!r} does not hold images with one "
+                "class each"
             )
         self.num_classes = features[self._label].num_classes
 
@@ -89,8 +89,9 @@ class TfdsSource:
         if split not in splits or not splits[split].num_examples:
             raise JobError(
                 f"the dataset {self.name!r} in {self._builder.data_path} has "
-                f"no split {split!r}, only {', '.join(splits) or 'none'}; was "
-                "an archive missing when it was prepared?"
+                f"no examples in split {split!r}; its splits: "
+                f"{', '.join(splits) or 'none'}; was an archive missing when "
+                "it was prepared?"
             )
         return splits[split].num_examples
 
@@ -100,22 +101,22 @@ class TfdsSource:
         return _sized(shape, image_size, self.name)
 
     def records(self, split, rank, ranks, order=None):
-        """Returns what is on disk of a rank's shard, to be shuffled and parsed.
+        """Returns the records of a rank's shard as they are on disk.
 
         Args:
-            split: String.
+            split: String, the name of the split.
             rank: Integer, this rank.
-            ranks: Integer, the number of ranks: their shards are disjoint, and
-                together the split.
-            order: Scalar integer tensor, the seed of the order of the files;
+            ranks: Integer, the number of ranks. Their shards are disjoint and
+                cover the split.
+            order: Scalar integer tensor, the seed that shuffles the files;
                 None for the order on disk.
 
         Returns:
-            A `tf.data.Dataset` of tuples, an example each, for `parse`.
+            A `tf.data.Dataset` with one tuple per example, for `parse`.
         """
         shard = self._builder.info.splits[tfds.even_splits(split, ranks)[rank]]
         files = shard.file_instructions
-        # A shard may begin and end within a file.
+        # A shard may begin or end in the middle of a file.
         parts = tf.data.Dataset.from_tensor_slices(
             (
                 [file.filename for file in files],
@@ -127,16 +128,16 @@ class TfdsSource:
             parts = parts.shuffle(len(files), seed=order)
         return parts.interleave(
             _read_part,
-            cycle_length=FILES_AT_ONCE,
+            cycle_length=INTERLEAVED_FILES,
             num_parallel_calls=tf.data.AUTOTUNE,
         )
 
     def parse(self, record, path, place):
-        """Makes a batch of examples of a batch of records.
+        """Turns a batch of records into a batch of examples.
 
         Returns:
-            A dict: `image`, JPEGs or PNGs as strings, `label`, int64, and
-            `name`, the file and the place in it; each `[batch]`.
+            A dict of `[batch]` tensors: `image`, the JPEG or PNG as a string;
+            `label`, int64; and `name`, the file and the position in it.
         """
         example = tf.io.parse_example(
             record,
@@ -154,9 +155,9 @@ class TfdsSource:
 
 
 def _read_part(path, skip, take):
-    """Returns the records of a part of a file, with its path and their places.
+    """Returns `(record, path, position in the file)` for a part of a file.
 
-    Without a function an element, which would take longer than the reading.
+    It zips datasets: a `map` per record would take longer than the reading.
     """
     return tf.data.Dataset.zip(
         tf.data.TFRecordDataset(path).skip(skip).take(take),
@@ -166,10 +167,10 @@ def _read_part(path, skip, take):
 
 
 class FolderSource:
-    """Images in `folder/SPLIT/CLASS/NAME.jpg`, classes in the order of names.
+    """Images in `folder/SPLIT/CLASS/NAME.jpg`, labelled by class folder.
 
     Args:
-        folder: String. The classes are the class folders of all its splits.
+        folder: String. Labels number the sorted class names of all its splits.
     """
 
     name = "folder"
@@ -178,8 +179,8 @@ class FolderSource:
         self._folder = pathlib.Path(folder or "")
         if not folder or not self._folder.is_dir():
             raise JobError(
-                f"dataset.data_dir must be a folder of images, SPLIT/CLASS/"
-                f"NAME.jpg, but {folder!r} is no folder"
+                "dataset.data_dir must be a folder of images, SPLIT/CLASS/"
+                f"NAME.jpg, but {folder!r} is not a folder"
             )
         self._classes = sorted(
             {path.name for path in self._folder.glob("*/*") if path.is_dir()}
@@ -201,7 +202,7 @@ class FolderSource:
         return _sized((None, None, 3), image_size, self.name)
 
     def records(self, split, rank, ranks, order=None):
-        """Returns the files of a rank's shard, read, as `TfdsSource`."""
+        """Returns the contents of a rank's files; see `TfdsSource.records`."""
         paths = self._paths(split)[rank::ranks]
         labels = [self._classes.index(path.parent.name) for path in paths]
         files = tf.data.Dataset.from_tensor_slices(
@@ -215,7 +216,7 @@ class FolderSource:
         )
 
     def parse(self, image, label, name):
-        """Names the parts of a batch of records, as `TfdsSource`."""
+        """Turns records into a batch of examples; see `TfdsSource.parse`."""
         return {"image": image, "label": label, "name": name}
 
     def _paths(self, split):

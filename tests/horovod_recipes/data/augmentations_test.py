@@ -1,4 +1,4 @@
-"""What crops show of images, told from the colours of their pixels."""
+"""Which part of an image a crop shows, read from the colours of its pixels."""
 
 import io
 
@@ -21,14 +21,14 @@ ALL = (augmentations.whole, augmentations.random_affine, *CROPS)
 
 
 def coordinates(height=HEIGHT, width=WIDTH):
-    """Returns an image: red is the row, green the column, blue is wavy."""
+    """Returns an image: red is the row, green the column, blue forms waves."""
     rows, columns = np.indices((height, width))
     waves = 127 + 60 * np.sin(rows / 20) + 60 * np.cos(columns / 30)
     return np.stack([rows, columns, waves], axis=-1).astype(np.uint8)
 
 
 def jpeg(image, **options):
-    """Returns a JPEG with as much of the colours as there can be."""
+    """Returns a JPEG of the best quality, without chroma subsampling."""
     file = io.BytesIO()
     PIL.Image.fromarray(image).save(
         file, "JPEG", quality=100, subsampling=0, **options
@@ -37,12 +37,12 @@ def jpeg(image, **options):
 
 
 def png(image):
-    """Returns a PNG, which has the very colours."""
+    """Returns a PNG, which keeps every colour exactly."""
     return tf.io.encode_png(image).numpy()
 
 
 def crops(function, encoded, count, shape=SHAPE):
-    """Returns the crops of so many seeds, as floats."""
+    """Returns the crops for `count` seeds, as floats."""
     images = tf.data.Dataset.range(count).map(
         lambda index: function(encoded, tf.stack([5, index]), shape)
     )
@@ -50,9 +50,9 @@ def crops(function, encoded, count, shape=SHAPE):
 
 
 def windows(images):
-    """Tells top, left, height and width of each crop, and which are flipped.
+    """Returns top, left, height, width and "is flipped" for each crop.
 
-    The image in the crops is that of `coordinates`.
+    The crops must show the image from `coordinates`.
     """
     (tops, heights), (lefts, widths) = (
         np.transpose([_start_and_extent(line) for line in lines])
@@ -75,8 +75,8 @@ def test_minimal_is_224_of_256_pixels_at_a_uniform_place_half_flipped():
     tops, lefts, heights, widths, flipped = windows(images)
     np.testing.assert_allclose(heights, HEIGHT * 224 / 256, atol=0.1)
     np.testing.assert_allclose(widths, WIDTH * 224 / 256, atol=0.1)
-    # Of 20 rows and 30 columns to begin at, each fifth should be as likely;
-    # 0.06 is three standard deviations.
+    # Each fifth of the possible starts is equally likely.
+    # The tolerance, 0.06, is three standard deviations.
     for starts, room in ((tops, HEIGHT // 8), (lefts, WIDTH // 8)):
         np.testing.assert_allclose(starts, np.round(starts), atol=0.1)
         counts, _ = np.histogram(np.round(starts), 5, (0, room))
@@ -96,7 +96,7 @@ def test_minimal_is_a_crop_of_the_scaled_image():
     for index, crop in enumerate(images):
         top = round(tops[index] * 256 / HEIGHT)
         left = round(lefts[index] * 256 / WIDTH)
-        # The fit may begin a pixel before the image.
+        # The fitted line may start one pixel outside the image.
         top, left = max(top, 0), max(left, 0)
         expected = scaled[top : top + 224, left : left + 224]
         if flipped[index]:
@@ -109,9 +109,9 @@ def test_inception_crops_within_the_limits_and_flips_on_its_own():
     tops, lefts, heights, widths, flipped = windows(images)
     areas = heights * widths / (HEIGHT * WIDTH)
     ratios = widths / heights
-    # To half a pixel of sides that are 48 or more, and of few crops.
+    # The lowest limit allows half a pixel of error on sides of 48 pixels.
     assert 0.079 < areas.min() < 0.1
-    # 4:3 of the 160 rows is 0.89 of the image.
+    # A 4:3 crop as high as the image covers 0.89 of it.
     assert 0.8 < areas.max() < 0.9
     assert 0.74 < ratios.min() < 0.78
     assert 1.29 < ratios.max() < 1.35
@@ -125,7 +125,7 @@ def test_inception_crops_within_the_limits_and_flips_on_its_own():
 
 
 def test_inception_takes_the_whole_image_where_no_crop_fits():
-    # 4:3 of 12 rows is less than 8 % of the image.
+    # A 4:3 crop that is 12 rows high covers less than 8 % of the image.
     encoded = png(coordinates(12, 240))
     images = crops(augmentations.inception, encoded, 8, (12, 48, 3))
     tops, lefts, heights, widths, _ = windows(images)
@@ -145,7 +145,7 @@ def test_centre_of_scaled_is_the_middle_of_the_scaled_image():
 
 def test_centre_square_is_seven_eighths_of_the_shorter_side():
     image = coordinates()
-    # 140 of the 160 rows, and as many columns.
+    # 7/8 of the 160 rows are 140 rows.
     middle = image[10:150, 50:190]
     crop = augmentations.centre_square(png(image), None, (140, 140, 3))
     np.testing.assert_array_equal(crop, middle)
@@ -181,19 +181,19 @@ def test_a_png_or_a_progressive_jpeg_gives_the_pixels_of_a_jpeg(function):
 
 
 @pytest.mark.parametrize("function", ALL)
-def test_grey_and_colour_are_made_what_the_model_sees(function):
+def test_grey_and_colour_are_converted_to_the_model_channels(function):
     grey = np.full((50, 70), 90, np.uint8)
     middle = function(jpeg(grey), [1, 2], SHAPE)[10:20, 10:30]
     assert np.unique(middle) == [90]
     red = np.full((50, 70, 3), [255, 0, 0], np.uint8)
     middle = function(jpeg(red), [1, 2], (32, 48, 1))[10:20, 10:30]
     assert middle.shape == (10, 20, 1)
-    # The luminance of red (ITU-R BT.601): 0.299 of white.
+    # Red has 0.299 of white's luminance (ITU-R BT.601).
     np.testing.assert_allclose(middle, 76, atol=1)
 
 
 def cmyk_jpeg():
-    """Returns a JPEG of four inks, in the colour of paper but for these."""
+    """Returns a CMYK JPEG of one colour."""
     inks = np.full((50, 70, 4), [55, 195, 225, 0], np.uint8)
     file = io.BytesIO()
     PIL.Image.fromarray(inks, "CMYK").save(file, "JPEG", quality=100)
@@ -201,11 +201,12 @@ def cmyk_jpeg():
 
 
 def ycck_jpeg():
-    """Returns the same, with the first three inks as luminance and chroma.
+    """Returns the colour of `cmyk_jpeg` as a YCCK JPEG.
 
-    Pillow writes no such file. It is one of CMYK, which Pillow writes with all
-    values inverted, but for the byte in Adobe's marker that tells the two
-    apart: the last of the marker, 11 from its name.
+    YCCK stores the first three inks as luminance and chroma. Pillow cannot
+    write it. So this function writes a CMYK file, for which Pillow inverts all
+    values, and then marks it as YCCK. The mark is the last byte of Adobe's
+    marker, 11 bytes after the start of the marker's name.
     """
     inks = PIL.Image.new("RGB", (70, 50), (55, 195, 225)).convert("YCbCr")
     values = 255 - np.asarray(inks)
@@ -219,7 +220,7 @@ def ycck_jpeg():
 
 @pytest.mark.parametrize("function", ALL)
 @pytest.mark.parametrize("encode", [cmyk_jpeg, ycck_jpeg])
-def test_colours_of_a_jpeg_of_four_inks(function, encode):
+def test_four_ink_jpeg_has_the_right_colours(function, encode):
     image = function(encode(), [1, 2], SHAPE)[10:20, 10:30]
     np.testing.assert_allclose(
         image, np.broadcast_to([200, 60, 30], image.shape), atol=3
@@ -237,7 +238,7 @@ def test_image_one_pixel_wide(function, size):
 
 
 @pytest.mark.parametrize("function", ALL)
-def test_what_cannot_be_decoded_is_an_error(function):
+def test_undecodable_content_is_an_error(function):
     whole = jpeg(coordinates())
     for content in (whole[: len(whole) // 4], whole[:100], b"no image", b""):
         with pytest.raises(tf.errors.InvalidArgumentError):

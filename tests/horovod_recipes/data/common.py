@@ -1,4 +1,4 @@
-"""The pipelines that the tests of this room read."""
+"""The `RankInput` that the tests of this room use."""
 
 from horovod_recipes.data.pipeline import CorruptImages
 from horovod_recipes.data.pipeline import RankInput

@@ -1,4 +1,4 @@
-"""What the ranks see of the demo's real data."""
+"""The batches that each rank gets from the demo's real data."""
 
 import collections
 
@@ -48,7 +48,7 @@ def evaluation(source, rank, ranks, batch_size=500, **changes):
 
 
 def as_counter(batches):
-    """Counts each image with its label."""
+    """Returns how often each pair of image and label occurs."""
     return collections.Counter(
         (image.tobytes(), int(label))
         for images, labels in batches
@@ -61,14 +61,14 @@ def test_batches_are_encoded_images_decoded(source):
     assert images.shape == (500, 28, 28, 1)
     assert images.dtype == tf.uint8
     assert labels.dtype == tf.int64
-    # Real digits: black paper, white ink.
+    # The digits are white on black.
     assert images.numpy().min() == 0
     assert images.numpy().max() == 255
     assert 20 < images.numpy().mean() < 50
 
 
 def test_nothing_is_tuned_from_a_thread_that_sleeps(source):
-    """Every evaluation and job would end up to a minute late."""
+    """With autotuning, each evaluation and job could end a minute late."""
     for batches in training(source), evaluation(source, rank=0, ranks=1):
         assert batches.options().autotune.enabled is False
 
@@ -179,7 +179,7 @@ def test_corrupt_image_is_skipped_and_counted(source, tmp_path, capsys):
 
 
 def photos_of_greys(folder, corrupt):
-    """Writes 40 images, every eighth a PNG under the name of a JPEG."""
+    """Writes 40 images. Every eighth is a PNG whose name ends in .jpg."""
     (folder / "test" / "grey").mkdir(parents=True)
     for number in range(40):
         pixels = np.full((8, 8, 3), 6 * number, np.uint8)
@@ -190,7 +190,7 @@ def photos_of_greys(folder, corrupt):
     return load_source("folder", str(folder))
 
 
-# A group has 32: one PNG in each, the corrupt first and last, none good.
+# A group has 32 images: all good, a corrupt one at each end, or none good.
 @pytest.mark.parametrize("corrupt", [[], [0, 31, 39], range(32, 40)])
 def test_groups_of_jpegs_and_pngs_and_corrupt_images(tmp_path, corrupt):
     action = pipeline.CorruptImages("skip")
@@ -209,7 +209,7 @@ def test_groups_of_jpegs_and_pngs_and_corrupt_images(tmp_path, corrupt):
     assert len(action.names) == len(corrupt)
 
 
-def test_skipped_images_are_made_up_for_within_the_epoch(tmp_path):
+def test_skipped_images_are_replaced_within_the_epoch(tmp_path):
     folder, _ = write_corrupt_copy(tmp_path, "train", [3, 5])
     batches = training(
         load_source("mnist5k", folder),

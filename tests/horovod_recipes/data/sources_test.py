@@ -1,4 +1,4 @@
-"""Shards, labels and names of TFDS datasets and of folders; the service."""
+"""Shards, labels and names from TFDS and folders; batches from a service."""
 
 import collections
 import os
@@ -21,7 +21,7 @@ from tests.jobs.launcher import error_lines
 from tests.jobs.launcher import run
 
 TRAIN_IMAGES, TEST_IMAGES, FILES = 24, 16, 4
-# The first classes of all, in the order of ImageNet's names.
+# The first three classes of ImageNet, in order of their names.
 TRAIN_CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
@@ -31,7 +31,7 @@ def encode(colour, size=8):
 
 
 def write_imagenet_tars(data_dir):
-    """Writes generated images as ImageNet's tars; each is of its own grey."""
+    """Writes ImageNet's tars, with one distinct grey per generated image."""
     rehearsal.write_tars(
         data_dir / "downloads" / "manual",
         {
@@ -56,7 +56,7 @@ def imagenet(tmp_path_factory):
 
 
 def examples(source, split, rank=0, ranks=1, order=None):
-    """Returns the images, labels and names of a shard, in their order."""
+    """Returns `(image, label, name)` for each example of a shard, in order."""
     return [
         (image, int(label), name.decode())
         for group in source.records(split, rank, ranks, order)
@@ -70,7 +70,7 @@ def examples(source, split, rank=0, ranks=1, order=None):
 
 
 def grey_of(image):
-    """Returns the number of a generated image, its grey divided by ten."""
+    """Returns the number of a generated image: its grey level / 10."""
     return round(float(tf.io.decode_image(image).numpy().mean()) / 10)
 
 
@@ -136,7 +136,8 @@ def test_imagenet_needs_an_image_size(imagenet):
 
 
 def test_missing_split_is_refused(imagenet):
-    with pytest.raises(JobError, match=r"no split 'test', only train, valid"):
+    match = r"no examples in split 'test'; its splits: train, validation"
+    with pytest.raises(JobError, match=match):
         imagenet.num_examples("test")
 
 
@@ -166,13 +167,14 @@ class LabelsAlone(tfds.core.GeneratorBasedBuilder):
 def test_dataset_without_images_is_refused(tmp_path):
     builder = LabelsAlone(data_dir=tmp_path)
     builder.download_and_prepare()
-    with pytest.raises(JobError, match="'labels_alone' is not one of images"):
+    match = "'labels_alone' does not hold images"
+    with pytest.raises(JobError, match=match):
         sources.TfdsSource(builder)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes, of which each split lacks one."""
+    """Returns a folder of three classes, where each split lacks one class."""
     for number, path in enumerate(
         [
             "train/cat/0.jpg",
@@ -218,7 +220,7 @@ def test_shards_of_a_folder_are_disjoint_and_cover_all(folder, ranks):
     assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
 
 
-def test_folder_that_is_none_or_has_no_images(folder):
+def test_missing_folder_or_folder_without_images_is_refused(folder):
     for path in (None, str(folder / "nowhere")):
         with pytest.raises(JobError, match=r"data_dir must be a folder"):
             sources.load_source("folder", path)
@@ -240,7 +242,7 @@ def training(source, **changes):
     )
 
 
-def test_a_file_that_is_no_image_is_named(folder):
+def test_error_names_a_file_that_is_not_an_image(folder):
     path = folder / "train" / "dog" / "7.jpg"
     path.write_text("no image")
     source = sources.load_source("folder", str(folder))
@@ -249,7 +251,7 @@ def test_a_file_that_is_no_image_is_named(folder):
         next(iter(training(source, batch_size=6, batches_per_epoch=1)))
 
 
-def test_a_label_out_of_range_is_named(folder):
+def test_error_names_an_image_whose_label_is_out_of_range(folder):
     source = sources.load_source("folder", str(folder))
     source.num_classes = 2
     match = r"label out of the range 0 to 1: .*/train/dog/[234]\.jpg"
@@ -258,7 +260,7 @@ def test_a_label_out_of_range_is_named(folder):
 
 
 def start_service(workers):
-    """Starts a tf.data service; it ends when what is returned does."""
+    """Starts a tf.data service. It ends when its servers are deleted."""
     service = tf.data.experimental.service
     dispatcher = service.DispatchServer(service.DispatcherConfig(port=0))
     _, address = dispatcher.target.split("://")
@@ -296,7 +298,7 @@ def test_workers_of_a_service_repeat_no_batch(imagenet):
     served = as_arrays(training(imagenet, service=dispatcher.target).take(60))
     batches = [images.tobytes() for images, _ in served]
     assert len(set(batches)) == 60
-    # Each of the two workers is within one epoch; the others are whole.
+    # Each worker may be within an epoch. All other epochs are complete.
     counts = collections.Counter(epoch_of[batch] for batch in batches)
     assert sum(count < 6 for count in counts.values()) <= 2
 
@@ -312,7 +314,7 @@ def cut_within_an_image(path):
 
 
 def assert_refused(error, data_dir):
-    """Checks the one line, and that nothing looks as if it were prepared."""
+    """Checks the one-line error, and that no dataset counts as prepared."""
     assert error.startswith("error: cannot prepare imagenet2012: ")
     assert f"archive in {data_dir}/downloads/manual missing" in error
     assert "\n" not in error
@@ -329,7 +331,7 @@ def assert_refused(error, data_dir):
         (cut_within_an_image, [VALIDATION_TAR]),
     ],
 )
-def test_archives_that_are_missing_or_cut_short(
+def test_missing_or_truncated_archives_are_refused(
     break_tars, files, tmp_path, capsys
 ):
     write_imagenet_tars(tmp_path)
@@ -341,7 +343,7 @@ def test_archives_that_are_missing_or_cut_short(
     assert_refused(error, tmp_path)
 
 
-def test_folder_of_archives_that_is_missing(tmp_path):
+def test_missing_folder_of_archives_is_refused(tmp_path):
     result = run(
         sys.executable,
         "-m",
