@@ -50,6 +50,8 @@ TINY = (
     ],
     ids=["config", "key", "value", "flag", "modes", "none", "workdir"],
 )
+# ml_collections loads config files in a deprecated way.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bad_command_line(monkeypatch, capsys, tmp_path, arguments, message):
     """In one process, as importing TensorFlow takes longer than the rest."""
     # The flags keep their values from one command line to the next.

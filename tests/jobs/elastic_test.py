@@ -20,13 +20,13 @@ from tests.jobs.launcher import signal_rank
 
 TWO_HOSTS = "localhost:1\n127.0.0.1:1\n"
 DIGITS_JOB = "tests.jobs.elastic_digits_job"
-EPOCHS = 6
+EPOCHS = 8
 UPDATES = 8 * EPOCHS
 DIGITS = python(DIGITS_JOB, f"--epochs={EPOCHS}", "--pause=0.3")
 # In percent, of DIGITS on one rank that nothing happens to.
-UNDISTURBED_TOP1 = 96.0
-# In points: 10 of the 1,000 test digits.
-TOLERANCE = 1.0
+UNDISTURBED_TOP1 = 97.0
+# In points: 15 of the 1,000 test digits.
+TOLERANCE = 1.5
 
 
 def elastic(folder, hosts, *command, ranks=2, options=()):
@@ -109,7 +109,7 @@ def test_killed_worker(tmp_path, host):
     # It continues within the epoch, at most one commit earlier.
     assert second["epoch"] == 2
     assert second["batch"] in (3, 4, 5)
-    assert check_epochs(events) == [2, 2, 1, 1, 1, 1]
+    assert check_epochs(events) == [2, 2, 1, 1, 1, 1, 1, 1]
     check_summary(events[-1])
 
 
