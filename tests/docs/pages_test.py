@@ -1,5 +1,6 @@
 """What the documents name exists: files, commands, targets, configs."""
 
+import ast
 import importlib
 import importlib.util
 import pathlib
@@ -111,3 +112,27 @@ def test_files_in_the_step_exist():
         name = names.split(",")[0]
         found = [ROOT / name, ROOT / "horovod_recipes" / name]
         assert any(path.exists() for path in found), name
+
+
+# Parts of the errors that docs/clusters.md shows.
+ERRORS = (
+    " is lost: nothing has been heard of it for ",
+    " hangs: no progress ",
+    "another rank stopped; see what that rank printed",
+)
+
+
+def strings_of_the_package():
+    """Yields the constant parts of all strings in horovod_recipes."""
+    for path in (ROOT / "horovod_recipes").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_shown_errors_are_those_of_the_code():
+    page = re.sub(r"\s+", " ", (ROOT / "docs/clusters.md").read_text())
+    strings = list(strings_of_the_package())
+    for error in ERRORS:
+        assert error in page, error
+        assert any(error in string for string in strings), error
