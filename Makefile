@@ -148,7 +148,7 @@ compat-oldest compat-newest: .settings
 	$(JOB) build/$@/bin/horovodrun --gloo -np 2 build/$@/bin/python -m pytest \
 	  -o faulthandler_exit_on_timeout=true $(COMPAT_PARALLEL_TESTS)
 
-## bench           measure speed: half an hour on a quiet machine
+## bench           measure speed: 45 minutes on a quiet machine
 bench: .venv/done
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"
