@@ -78,9 +78,9 @@ lint: .venv/done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-## docs            build the site in site/; a broken link fails
+## docs            build the site in build/site; a broken link fails
 docs: .venv/done
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 ## unit-tests      test on one rank, with every example of the documents
 unit-tests: .venv/done $(DATA)
