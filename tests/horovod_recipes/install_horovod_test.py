@@ -1,4 +1,4 @@
-"""The installer's refusals; `make` itself shows that it installs."""
+"""What the installer refuses and caches; `make` tests that it installs."""
 
 import os
 import pathlib
@@ -41,7 +41,7 @@ def test_missing_compiler(tmp_path):
 
 
 def test_missing_tensorflow():
-    # -S leaves the environment's packages out.
+    # With -S, Python does not find the environment's packages.
     result = run("-S", "-m", "horovod_recipes.install_horovod")
     assert_one_line(
         result, "TensorFlow is not installed", "pip install tensorflow-cpu"
@@ -49,7 +49,7 @@ def test_missing_tensorflow():
 
 
 def run_beside(tmp_path, package, *arguments):
-    """Runs the installer where only so much as the metadata are installed."""
+    """Runs the installer where only the metadata of a package exist."""
     name, version = package.split("==")
     info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
@@ -157,7 +157,7 @@ def test_builds_with_mpi_where_mpicxx_is(tmp_path, monkeypatch):
 
 
 def test_installed_without_an_option_is_not_current():
-    # No build has it: a build without MPI is met where MPI appears later.
+    # No build has ddl. Builds lack MPI if it was installed after them.
     with pytest.raises(
         install_horovod.InstallError, match=r"built without ddl$"
     ):
@@ -205,7 +205,7 @@ def test_build_ignores_settings_that_are_not_in_the_key(tmp_path, monkeypatch):
 def test_wheel_that_does_not_work_is_uninstalled_and_forgotten(
     tmp_path, monkeypatch
 ):
-    """In an environment of its own, with a real but broken package."""
+    """In an environment of its own, with a real, broken package."""
     subprocess.run(
         [sys.executable, "-m", "venv", tmp_path / "venv"],
         check=True,
@@ -247,7 +247,7 @@ TRAIN = ("-m", "horovod_recipes.train", "--config=demo", "--workdir=/never")
 
 
 def test_job_without_horovod(tmp_path):
-    # A package that hides the real one, and has nothing in it.
+    # Python then does not find the installed Horovod.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys; sys.modules['horovod'] = None\n"
     )
