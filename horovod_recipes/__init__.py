@@ -1,1 +1,1 @@
-"""Data-parallel training of Keras 3 models with LARS under horovodrun."""
+"""Trains Keras 3 models with LARS on many GPUs or hosts under horovodrun."""

@@ -1,8 +1,8 @@
-"""The error that ends a job with one clear line, and the wording of others."""
+"""The error that ends a job with one line, and short forms of other errors."""
 
 
 class JobError(Exception):
-    """What is wrong and how to fix it, in one line."""
+    """An error whose one-line message says what is wrong and how to fix it."""
 
 
 def one_line(error):
@@ -11,10 +11,10 @@ def one_line(error):
 
 
 def root_cause(error):
-    """Returns the line of a TensorFlow error that a person wants to see.
+    """Returns the line of a TensorFlow error that names its cause.
 
-    The message of an error in a graph first lists places in the code. The cause
-    follows. Marks in double brackets of the nodes on its way close it.
+    The message of a graph error lists places in the code before the cause, and
+    nodes in double brackets after it.
     """
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith("[[")]

@@ -60,8 +60,8 @@ def main(argv, callbacks=()):
         return 0
     except JobError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # horovodrun kills all ranks as soon as one exits.
-        # The shutdown stops the others; the wait lets them print their errors.
+        # horovodrun kills all ranks as soon as one exits. The shutdown stops
+        # them, and the wait lets them print why.
         hvd.shutdown()
         time.sleep(hvd.callbacks.SECONDS_TO_SAY_WHY)
         return 1

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, optimizer and network that a config asks for."""
+"""Builds the learning-rate schedule, optimizer and network of a config."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from horovod_recipes.models import MODELS
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
 
-# LARS that adapts no layer is SGD with momentum and L2 decay.
+# Arguments that turn LARS into SGD with momentum and L2 decay.
 WITHOUT_ADAPTATION = {
     "exclude_from_layer_adaptation": [".*"],
     "unadapted_scale": 1.0,
@@ -16,7 +16,7 @@ WITHOUT_ADAPTATION = {
 
 
 def create_schedule(config, size):
-    """Returns the learning rate as a function of the update.
+    """Returns the learning rate as a function of the update's number.
 
     Args:
         config: The recipe's `ConfigDict`.
@@ -32,15 +32,20 @@ def create_schedule(config, size):
 
 
 def create_optimizer(config, schedule):
-    """Returns the optimizer, not distributed yet."""
+    """Returns the optimizer before `hvd.DistributedOptimizer` wraps it."""
     arguments = dict(config.optimizer)
     if config.optimizer_name == "sgd":
         arguments |= WITHOUT_ADAPTATION
-    return LARS(schedule, **arguments)
+    optimizer = LARS(schedule, **arguments)
+    if config.precision == "mixed_float16":
+        # Otherwise `compile` adds it, and loading the saved model needs the
+        # same global dtype policy.
+        return keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
 
 
 def create_network(config, image_shape):
-    """Returns the network, not compiled, in the config's precision.
+    """Returns the uncompiled network, in the config's precision.
 
     Args:
         config: The recipe's `ConfigDict`.

@@ -1,4 +1,4 @@
-"""Callbacks that watch a job, stop it, and save its checkpoints."""
+"""Keras callbacks that watch a job, stop it, and save its checkpoints."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from horovod_recipes.training.failures import raised_on_every_rank
 
 @contextlib.contextmanager
 def sigterm_noted():
-    """Yields an event that a SIGTERM sets, instead of ending the process."""
+    """Yields an event. In the block, a SIGTERM only sets this event."""
     noted = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda number, frame: noted.set())
     try:
@@ -28,7 +28,7 @@ def sigterm_noted():
 
 
 class StoppedBySigterm(Exception):
-    """The job has saved a checkpoint and left training, on all ranks."""
+    """Raised on all ranks after the job has saved a checkpoint and stopped."""
 
     def __init__(self, steps_done):
         super().__init__(steps_done)
@@ -36,17 +36,18 @@ class StoppedBySigterm(Exception):
 
 
 class StopOnSigterm(keras.callbacks.Callback):
-    """Saves and ends training on all ranks at one step, after a SIGTERM to any.
+    """Saves and stops all ranks at the same step after a SIGTERM to any rank.
 
-    After the last step of an epoch, its evaluation comes first. List it last.
+    After the last step of an epoch, it lets the evaluation run first. List this
+    callback last.
 
     Args:
         job: The `Job`.
         sigterm: From `sigterm_noted`.
 
     Raises:
-        StoppedBySigterm: On every rank, after rank 0 has saved.
-        JobError: On every rank, if it cannot save.
+        StoppedBySigterm: On every rank, after rank 0 has saved a checkpoint.
+        JobError: On every rank, if rank 0 cannot save one.
     """
 
     def __init__(self, job, sigterm):
@@ -68,7 +69,7 @@ class StopOnSigterm(keras.callbacks.Callback):
             self._stop({})
 
     def _any_rank_got_sigterm(self):
-        # The signal may reach one rank only, or the ranks at different steps.
+        # The signal may reach only some ranks, or at different steps.
         sigterm = tf.constant(float(self._sigterm.is_set()))
         return hvd.allreduce(sigterm, op=hvd.Sum, name="stop_on_sigterm") > 0
 
@@ -86,11 +87,11 @@ class StopOnSigterm(keras.callbacks.Callback):
 
 
 class RestoreMetrics(keras.callbacks.Callback):
-    """Goes on with the metrics of an epoch that a job stopped in.
+    """Resumes the metrics of an epoch that an earlier session did not finish.
 
     Args:
-        metric_sums: What `StopOnSigterm` saved, for one rank to hold; the
-            others begin at 0.
+        metric_sums: The sums that `StopOnSigterm` saved, on one rank; None on
+            the other ranks.
     """
 
     def __init__(self, metric_sums):
@@ -98,7 +99,7 @@ class RestoreMetrics(keras.callbacks.Callback):
         self._metric_sums = metric_sums
 
     def on_train_batch_end(self, batch, logs=None):
-        # Keras makes the metrics in the first step.
+        # Keras only creates the metrics' variables in the first step.
         if self._metric_sums:
             for variable, total in zip(
                 _metric_variables(self), self._metric_sums, strict=True
@@ -112,15 +113,15 @@ def _metric_variables(callback):
 
 
 class TargetTop1(keras.callbacks.Callback):
-    """Notes when the job reaches a target, and ends it there if that is asked.
+    """Records when top-1 reaches a target, and can end the job then.
 
     List it after `ExactMetrics`, so that all ranks see the same top-1.
 
     Args:
-        target: Float, in percent, or None.
-        stop: Whether to end the job when it is reached.
-        measured: Dict, what `measured` returned in an earlier part of the job;
-            empty at its start.
+        target: Float, the target in percent, or None.
+        stop: Whether to end the job when it reaches the target.
+        measured: Dict, the result of `measured` in an earlier session of the
+            job; empty in the first session.
     """
 
     def __init__(self, target, stop, measured):
@@ -129,7 +130,7 @@ class TargetTop1(keras.callbacks.Callback):
         self._stop = stop
         self._begin = time.time() - measured.get("seconds", 0.0)
         self._reached = {}
-        # A resumed job may have been given another target.
+        # A resumed job may have another target.
         if target is not None and measured.get("target_top1") == target:
             self._reached = {
                 key: measured[key]
@@ -152,11 +153,11 @@ class TargetTop1(keras.callbacks.Callback):
             self.model.stop_training = self._stop
 
     def is_end(self):
-        """Whether the job has reached its target, and is to end there."""
+        """Returns whether the job has reached a target that ends it."""
         return self._stop and bool(self._reached)
 
     def measured(self):
-        """Returns the job's seconds so far, and those to the target."""
+        """Returns the job's seconds so far, and when it reached the target."""
         return {"seconds": self._seconds(), **self._reached}
 
     def _seconds(self):
@@ -164,12 +165,13 @@ class TargetTop1(keras.callbacks.Callback):
 
 
 class SaveCheckpoints(keras.callbacks.Callback):
-    """Saves every few epochs, after the last, and where top-1 is best.
+    """Saves checkpoints: every few epochs, after the last, and the best ones.
 
-    Rank 0 writes; list it on all ranks, so that all stop if it cannot.
+    Only rank 0 writes. Use the callback on all ranks, so that all of them stop
+    if rank 0 cannot write.
 
     Args:
-        job: The `Job`, whose `target` is listed before this.
+        job: The `Job`. List its `target` before this callback.
     """
 
     def __init__(self, job):
@@ -204,16 +206,18 @@ class SaveCheckpoints(keras.callbacks.Callback):
 
 
 class StopOnNonFinite(keras.callbacks.Callback):
-    """Ends the job after the step that made a weight infinite or NaN.
+    """Ends the job after a step that made a weight infinite or NaN.
 
-    A NaN loss on any rank makes the averaged gradients NaN, and so the weights
-    of all ranks: looking at these, which are the same everywhere, all ranks
-    stop at the same step. A loss that is not finite though the weights are,
-    as where a loss scale skips every step, is seen when the epoch ends; for
-    that, list this after `ExactMetrics`.
+    It checks the weights, not the loss. A NaN loss on any rank makes the
+    averaged gradients NaN, and so the weights of all ranks. Since all ranks
+    have the same weights, they stop at the same step.
+
+    The loss can be infinite or NaN while the weights are finite, for example if
+    a loss scale skips every step. The callback finds that at the end of an
+    epoch. For this, list it after `ExactMetrics`.
 
     Raises:
-        JobError: Naming the step and the variables, or the epoch.
+        JobError: With the step and the variables, or with the epoch.
     """
 
     def on_train_begin(self, logs=None):
@@ -245,16 +249,16 @@ class StopOnNonFinite(keras.callbacks.Callback):
         for name, value in logs.items():
             if not math.isfinite(value):
                 raise JobError(
-                    f"{name} is {value} after epoch {epoch + 1}, though the "
-                    "weights are finite; look for examples or a loss scale "
-                    "that make it so"
+                    f"{name} is {value} after epoch {epoch + 1}, although the "
+                    "weights are finite; look for invalid examples, or for a "
+                    "loss scale that skips every step"
                 )
 
 
 class Throughput(keras.callbacks.Callback):
-    """Measures images per second over all ranks, evaluation left out.
+    """Measures the images per second of training, over all ranks.
 
-    The first step of a call of `fit`, which compiles, does not count.
+    It skips evaluation, and the first step of each `fit`, which compiles.
     """
 
     def __init__(self, global_batch_size):
@@ -274,7 +278,7 @@ class Throughput(keras.callbacks.Callback):
         self._compiles = False
 
     def images_per_second(self):
-        """Returns the mean so far; None before the second step."""
+        """Returns the mean so far, or None before the second step."""
         if not self._seconds:
             return None
         images = self._global_batch_size * len(self._seconds)

@@ -1,4 +1,4 @@
-"""Failures of one rank that become the same error on every rank."""
+"""Turns a failure on one rank into a clear error on every rank."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 from horovod_recipes.errors import root_cause
 
-# Errors that a rank can see when another rank has ended.
+# Errors that a rank can get when another rank has ended.
 SHUTDOWN_ERRORS = (tf.errors.OpError, HorovodInternalError)
 
 
@@ -19,7 +19,8 @@ SHUTDOWN_ERRORS = (tf.errors.OpError, HorovodInternalError)
 def raised_on_every_rank():
     """Turns a failure of the block on any rank into a `JobError` on every rank.
 
-    The block must not hold collectives: a rank that fails skips the rest.
+    The block must not contain collectives, since a failing rank would skip
+    them and leave the other ranks waiting.
     """
     failure = None
     try:
@@ -42,7 +43,7 @@ def raised_on_every_rank():
 
 @contextlib.contextmanager
 def explained():
-    """Turns what can end training into a `JobError` that says why."""
+    """Turns errors that end training into a `JobError` that says why."""
     try:
         yield
     except hvd.callbacks.ReplicasDiffer as error:
@@ -66,7 +67,7 @@ def _stop_reason(error):
 
 
 def another_rank_stopped():
-    """Returns the error of a rank that stops because another one did."""
+    """Returns the error of a rank that stops because another rank stopped."""
     cause = hvd.callbacks.lost_rank() or (
         "another rank stopped; see what that rank printed"
     )

@@ -1,4 +1,4 @@
-"""A training job from its config to its summary: prepare, run, summarise."""
+"""Runs a training job from config to summary: prepare, run, summarise."""
 
 import dataclasses
 import pathlib
@@ -33,27 +33,28 @@ from keras_lars.schedules import WarmupPolynomialDecay
 def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
     """Trains, evaluates, and writes all results to `workdir`.
 
-    Every rank calls it, after `hvd.init()`.
+    Call it on every rank, after `hvd.init()`.
 
     Args:
-        config: A `ConfigDict`, as those in `horovod_recipes.configs`.
-        config_name: String, the name to report.
-        workdir: String or path, the folder for all that is written.
-        mode: `"new"`, where `workdir` must not hold a run; `"resume"`, to
-            continue from its latest checkpoint, or to return the summary of a
-            run that is finished; `"overwrite"`, to delete the run first.
-        callbacks: Keras callbacks of your own. They see the metrics of all
-            ranks, and act before the job checks weights and saves.
+        config: A `ConfigDict` like those in `horovod_recipes.configs`.
+        config_name: String, the name of the config in reports.
+        workdir: String or path, the folder for all results.
+        mode: `"new"`, `"resume"` or `"overwrite"`. With `"new"`, `workdir` must
+            not hold a run. `"resume"` continues from the latest checkpoint;
+            for a finished run it returns the summary. `"overwrite"` deletes
+            the run in `workdir` first.
+        callbacks: Your own Keras callbacks. They see the metrics of all ranks.
+            They run before the job checks the weights and saves.
 
     Returns:
-        A dict, on rank 0 the contents of `summary.json`. Times on the other
-        ranks are their own.
+        A dict. On rank 0 it is the contents of `summary.json`. The other ranks
+        report their own times.
 
     Raises:
-        StoppedBySigterm: On every rank, after a SIGTERM to any of them, with a
-            checkpoint saved.
-        JobError: On every rank, if the config, the data or `workdir` do not
-            fit; if weights are no longer finite or differ between ranks; if an
+        StoppedBySigterm: On every rank, after a SIGTERM to any of them. The job
+            has then saved a checkpoint.
+        JobError: On every rank, if the config, the dataset or `workdir` is not
+            valid; if weights are not finite or differ between ranks; if an
             image cannot be decoded or a checkpoint cannot be written; or if a
             rank is lost.
     """
@@ -70,7 +71,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
 
 @dataclasses.dataclass
 class Job:
-    """A job that is ready to run; its parts, in the order they are made."""
+    """The parts of a job, in the order in which they are made."""
 
     config: ConfigDict
     name: str
@@ -83,13 +84,14 @@ class Job:
     throughput: job_callbacks.Throughput
     target: job_callbacks.TargetTop1 = None
     mlperf_log: logs.MLPerfLog = None
-    # Updates that an earlier session has done, and what it had measured.
+    # Updates that earlier sessions have done.
     steps_done: int = 0
+    # Measurements that earlier sessions saved.
     measured: dict = dataclasses.field(default_factory=dict)
 
 
 def prepare(config, name, workdir):
-    """Returns the `Job`, built but for what `workdir` holds."""
+    """Returns the new `Job`, before `restore` reads its work folder."""
     with raised_on_every_rank():
         source = load_source(config.dataset.name, config.dataset.data_dir)
         check_source(config, source)
@@ -116,7 +118,7 @@ def prepare(config, name, workdir):
 
 
 def compile_model(model, config, size, schedule, task):
-    """Compiles a network to train on all ranks, one call of Python an update.
+    """Compiles a network for all ranks, with one Python call per update.
 
     Args:
         model: The network.
@@ -134,16 +136,16 @@ def compile_model(model, config, size, schedule, task):
         loss=task.loss(),
         metrics=task.metrics(),
         steps_per_execution=size.accumulation_steps,
-        # XLA stops before the allreduce. LARS compiles its update in any case.
+        # XLA cannot compile the allreduce. LARS always compiles its update.
         jit_compile=config.xla,
     )
 
 
 def restore(job, mode):
-    """Prepares the work folder, and loads what it holds of an earlier session.
+    """Prepares the work folder, and restores the state of an earlier session.
 
     Returns:
-        The summary of a run that is finished, else None.
+        The summary if the run is finished, otherwise None.
     """
     summary = None
     with raised_on_every_rank():
@@ -159,7 +161,7 @@ def restore(job, mode):
         (job.steps_done, job.measured, summary), root_rank=0
     )
     if job.steps_done and summary is None:
-        # Rank 0 alone has restored, and so built, its optimizer.
+        # Only on rank 0 did the restore build the optimizer.
         optimizer = job.model.optimizer
         optimizer.build(job.model.trainable_variables)
         hvd.broadcast_variables(
@@ -169,10 +171,10 @@ def restore(job, mode):
 
 
 def run(job, watchdog, callbacks):
-    """Trains what is left of the job.
+    """Trains the rest of the job.
 
     Returns:
-        Top-1 from 0 to 1, and the epochs done, this session's and others'.
+        Top-1 from 0 to 1, and the epochs done over all sessions.
     """
     job.target = job_callbacks.TargetTop1(
         job.config.target_top1, job.config.stop_at_target, job.measured
@@ -182,8 +184,8 @@ def run(job, watchdog, callbacks):
         if hvd.rank() == 0:
             print(settings_line(job))
             reports = report_callbacks(job)
-    # horovodrun sends a SIGTERM when another rank has ended. Noting it leaves
-    # the time to find out which one.
+    # horovodrun sends a SIGTERM when another rank has ended.
+    # The process must survive it to find out which rank.
     with job_callbacks.sigterm_noted() as sigterm, explained():
         all_callbacks = [
             watchdog,
@@ -202,11 +204,14 @@ def run(job, watchdog, callbacks):
             job_callbacks.SaveCheckpoints(job),
             job_callbacks.StopOnSigterm(job, sigterm),
         ]
-        return fit_parts(job, watchdog, all_callbacks)
+        with warnings.catch_warnings():
+            # Keras prints this for every dataset whose length is unknown.
+            warnings.filterwarnings("ignore", "Your input ran out of data")
+            return fit_parts(job, watchdog, all_callbacks)
 
 
 def report_callbacks(job):
-    """Returns the callbacks that write to the work folder, for rank 0 alone."""
+    """Returns the callbacks that write to the work folder, on rank 0 only."""
     job.mlperf_log = logs.MLPerfLog(job.workdir, job.config, job.size)
     reports = [
         job.mlperf_log,
@@ -222,7 +227,7 @@ def report_callbacks(job):
 
 
 def settings_line(job):
-    """Returns what a person checks before leaving a job alone, in one line."""
+    """Returns the settings that a person checks at the start, in one line."""
     size, schedule = job.size, job.config.schedule
     return (
         f"config={job.name} ranks={size.ranks} "
@@ -237,7 +242,7 @@ def settings_line(job):
 
 
 def fit_parts(job, watchdog, callbacks):
-    """Calls `fit` for each part of the job; returns what `run` does."""
+    """Calls `fit` for each part of the job; returns the results of `run`."""
     evaluation = job.task.evaluation_dataset()
     top1, epochs = None, job.steps_done // job.size.steps_per_epoch
     for part in parts_of_job(job.size, job.steps_done):
@@ -253,16 +258,17 @@ def fit_parts(job, watchdog, callbacks):
 
 
 def parts_of_job(size, steps_done):
-    """Returns the epochs still to do, as one or two calls of `fit`.
+    """Divides the remaining epochs into one or two calls of `fit`.
 
-    Keras cannot begin within an epoch: the rest of one is a call of its own.
+    Keras cannot begin within an epoch. So the rest of an unfinished epoch needs
+    a separate call.
 
     Args:
         size: The `JobSize`.
-        steps_done: Integer, in updates.
+        steps_done: Integer, the updates done.
 
     Returns:
-        List of `(first epoch, updates of it done, epoch to end before)`.
+        List of `(first epoch, updates done in it, epoch to stop before)`.
     """
     epoch, done = divmod(steps_done, size.steps_per_epoch)
     parts = []
@@ -275,7 +281,7 @@ def parts_of_job(size, steps_done):
 
 
 def fit(job, part, evaluation, callbacks):
-    """Trains a part of the job; returns top-1 and the epochs done."""
+    """Trains one part of the job; returns top-1 and the epochs done."""
     epoch, updates_done, end = part
     size = job.size
     micro_batches_done = updates_done * size.accumulation_steps
@@ -284,29 +290,26 @@ def fit(job, part, evaluation, callbacks):
         [job.config.seed, hvd.rank()],
         epoch * size.micro_batches_per_epoch + micro_batches_done,
     )
-    with warnings.catch_warnings():
-        # Keras prints this for every dataset whose length is unknown.
-        warnings.filterwarnings("ignore", "Your input ran out of data")
-        history = job.model.fit(
-            job.task.training_dataset(epoch, updates_done),
-            validation_data=evaluation,
-            validation_freq=evaluation_epochs(job.config),
-            steps_per_epoch=size.micro_batches_per_epoch - micro_batches_done,
-            initial_epoch=epoch,
-            epochs=end,
-            callbacks=callbacks,
-            shuffle=False,
-            verbose=1 if hvd.rank() == 0 else 0,
-        )
+    history = job.model.fit(
+        job.task.training_dataset(epoch, updates_done),
+        validation_data=evaluation,
+        validation_freq=evaluation_epochs(job.config),
+        steps_per_epoch=size.micro_batches_per_epoch - micro_batches_done,
+        initial_epoch=epoch,
+        epochs=end,
+        callbacks=callbacks,
+        shuffle=False,
+        verbose=1 if hvd.rank() == 0 else 0,
+    )
     top1 = history.history.get("val_top1", [None])[-1]
     return top1, history.epoch[-1] + 1
 
 
 def seed_dropout(model, seed, micro_batches_done):
-    """Puts the model's random generators where a job of this rank would be.
+    """Sets the model's random generators as if the job had never stopped.
 
-    Their state is a seed and a count of micro-batches. A job that resumes draws
-    the masks that it would have drawn.
+    Their state is a seed and a count of micro-batches. A resumed job then draws
+    the same dropout masks as an uninterrupted one.
     """
     states = [v for v in model.variables if v.name == "seed_generator_state"]
     for index, state in enumerate(states):
@@ -315,13 +318,16 @@ def seed_dropout(model, seed, micro_batches_done):
 
 
 def evaluation_epochs(config):
-    """Returns the epochs to evaluate after, counted from 1, the last always."""
+    """Returns the epochs, counted from 1, that end with an evaluation.
+
+    The last epoch is always one of them.
+    """
     every = config.evaluate_every_epochs
     return sorted({*range(every, config.epochs + 1, every), config.epochs})
 
 
 def summarise(job, top1, epochs):
-    """Writes the results on rank 0; returns them, as a dict."""
+    """Writes the summary on rank 0; returns it on every rank."""
     with explained():
         skipped = hvd.allgather_object(job.corrupt_images.names)
     summary = {

@@ -1,4 +1,4 @@
-"""The size of a job: its batches and its number of updates."""
+"""Computes the size of a job: its batches and its number of updates."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ from horovod_recipes.errors import JobError
 
 @dataclasses.dataclass(frozen=True)
 class JobSize:
-    """How the global batch is made up, and how many updates there are.
+    """The parts of the global batch, and the number of updates.
 
     Attributes:
-        ranks: Integer.
-        micro_batch_size: Integer, the images of one forward pass of a rank.
-        accumulation_steps: Integer, the micro-batches of a rank per update.
-        steps_per_epoch: Integer, in updates.
-        epochs: Integer.
+        ranks: Integer, the number of ranks.
+        micro_batch_size: Integer, the images in one forward pass of one rank.
+        accumulation_steps: Integer, the micro-batches of one rank per update.
+        steps_per_epoch: Integer, the updates per epoch.
+        epochs: Integer, the number of epochs.
     """
 
     ranks: int
@@ -33,18 +33,19 @@ class JobSize:
 
     @property
     def micro_batches_per_epoch(self):
-        """The micro-batches of one rank in an epoch."""
+        """The number of micro-batches of one rank in an epoch."""
         return self.steps_per_epoch * self.accumulation_steps
 
 
 def job_size(config, ranks):
     """Returns the `JobSize` of a config on a number of ranks.
 
-    A rank's share of the global batch is split into equal micro-batches, as few
-    as `config.max_micro_batch_size` allows.
+    It splits a rank's share of the global batch into equal micro-batches. Their
+    number is the smallest that `config.max_micro_batch_size` allows.
 
     Raises:
-        JobError: If the ranks, the batch and the dataset do not fit together.
+        JobError: If the global batch is not divisible by the ranks, or if the
+            dataset is too small for the ranks or the batch.
     """
     _check_ranks(config, ranks)
     share = config.global_batch_size // ranks
@@ -70,7 +71,7 @@ def _check_ranks(config, ranks):
         if ranks > examples:
             raise JobError(
                 f"{ranks} ranks are more than the {examples} examples of "
-                f"{dataset.name}'s {split} split; use at most {examples}"
+                f"{dataset.name}'s {split} split; use at most {examples} ranks"
             )
     if batch % ranks:
         below = batch // ranks * ranks
@@ -78,7 +79,7 @@ def _check_ranks(config, ranks):
         nearest = min(candidates, key=lambda n: abs(n - batch))
         raise JobError(
             f"global_batch_size {batch} is not divisible by {ranks} ranks; the "
-            f"nearest that is: {nearest}"
+            f"nearest divisible size is {nearest}"
         )
     if batch > dataset.train_examples:
         raise JobError(

@@ -1,4 +1,4 @@
-"""What a job writes for people to read: metrics, plots, TensorBoard, MLPerf."""
+"""Writes a job's logs: metrics, plots, TensorBoard's events, MLPerf's log."""
 
 import csv
 import logging
@@ -13,20 +13,20 @@ from keras_lars._files import written_atomically
 
 
 def tensorboard(workdir):
-    """Returns the callback that writes TensorBoard's events of each epoch."""
+    """Returns the callback that writes TensorBoard's events every epoch."""
     return keras.callbacks.TensorBoard(
         workdir / "tensorboard", write_graph=False
     )
 
 
 class MetricsTable(keras.callbacks.Callback):
-    """Writes metrics.csv, a row an epoch, and its picture, metrics.png.
+    """Writes metrics.csv, with one row per epoch, and its plot, metrics.png.
 
     Args:
-        workdir: `pathlib.Path`. Rows there of earlier epochs are kept, so
-            that the table of a resumed run is whole.
-        steps_per_epoch: Integer, in updates.
-        schedule: The learning-rate schedule, a function of the update.
+        workdir: `pathlib.Path`. The table keeps the rows of earlier epochs, so
+            that a resumed run has a complete table.
+        steps_per_epoch: Integer, the updates per epoch.
+        schedule: The learning-rate schedule, a function of the update's number.
         throughput: The `Throughput` of the same job.
     """
 
@@ -68,7 +68,7 @@ class MetricsTable(keras.callbacks.Callback):
         row = {
             "epoch": epoch,
             "step": step,
-            # That of the epoch's last update; the schedule counts from 0.
+            # The rate of the epoch's last update. The schedule counts from 0.
             "learning_rate": float(self._schedule(step - 1)),
             "train_loss": logs["loss"],
             "train_top1_percent": round(100 * logs["top1"], 4),
@@ -81,7 +81,7 @@ class MetricsTable(keras.callbacks.Callback):
 
 
 def _read_table(path):
-    """Returns the rows of a metrics.csv, with "" where nothing was measured."""
+    """Returns the rows of a metrics.csv. Values that are missing are ""."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -89,7 +89,7 @@ def _read_table(path):
 
 
 def _plot_table(rows, schedule, path):
-    """Draws loss, top-1 and learning rate over steps into a PNG file."""
+    """Plots loss, top-1 and learning rate over steps into a PNG file."""
     figure = matplotlib.figure.Figure(figsize=(7, 8), layout="constrained")
     loss, top1, rate = figure.subplots(3, sharex=True)
     for axes, name in ((loss, "loss"), (top1, "top1_percent")):
@@ -114,13 +114,13 @@ def _plot_table(rows, schedule, path):
 
 
 class MLPerfLog(keras.callbacks.Callback):
-    """Writes what MLPerf asks to be logged to `workdir/mlperf.log`.
+    """Writes the events that MLPerf requires to `workdir/mlperf.log`.
 
-    The log is for comparing runs. It cannot be submitted to MLPerf: it does not
-    say who ran the job on what.
+    The log serves to compare runs. It cannot be submitted to MLPerf, since it
+    names neither the submitter nor the hardware.
 
-    List it after `ExactMetrics`. A job that is resumed adds to the file, with a
-    `run_start` of its own.
+    List it after `ExactMetrics`. A resumed job appends to the file, and begins
+    with another `run_start`.
 
     Args:
         workdir: `pathlib.Path`.
@@ -163,7 +163,7 @@ class MLPerfLog(keras.callbacks.Callback):
 
 
 class _AppendToFile(logging.Handler):
-    """Keeps no file open, so that a job may end anywhere."""
+    """Opens the file for each line, so that a killed job loses none."""
 
     def __init__(self, path):
         super().__init__()

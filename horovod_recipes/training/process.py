@@ -1,4 +1,4 @@
-"""What a job sets for its whole process, before it builds anything."""
+"""Settings of a job's whole process, made before it builds anything."""
 
 import sys
 
@@ -11,23 +11,23 @@ from horovod_recipes.errors import JobError
 
 
 def write_whole_lines():
-    """Has the lines of all ranks arrive whole.
+    """Makes stdout and stderr write each line in one piece.
 
-    Under PYTHONUNBUFFERED Python writes a line and its end one by one, and
-    mpirun writes the label of the rank between them.
+    With PYTHONUNBUFFERED, Python writes a line and its end separately. mpirun
+    then prints the label of the rank between them.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def silence_libraries():
-    """Has TensorFlow and absl print errors only."""
+    """Lets TensorFlow and absl print only errors."""
     tf.get_logger().setLevel("ERROR")
     logging.set_verbosity(logging.ERROR)
 
 
 def choose_gpu():
-    """Gives this rank the GPU of its local rank, where the host has GPUs.
+    """Gives this rank the GPU of its local rank, if the host has GPUs.
 
     Raises:
         JobError: If the host has more ranks than GPUs.
@@ -37,25 +37,25 @@ def choose_gpu():
         return
     if len(gpus) < hvd.local_size():
         raise JobError(
-            f"{hvd.local_size()} ranks are more than the {len(gpus)} GPUs of "
-            "their host; start one rank per GPU, or hide the GPUs with "
+            f"{hvd.local_size()} ranks run on a host with {len(gpus)} GPUs; "
+            "start at most one rank per GPU, or hide the GPUs with "
             "CUDA_VISIBLE_DEVICES=-1"
         )
     tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
 
 
 def run_operations_one_by_one():
-    """Makes the rounding of gradients on a CPU the same in every run.
+    """Makes the gradients on a CPU bit-equal in every run.
 
-    It depends on the operations that run beside each other. TensorFlow accepts
-    this before its first operation only.
+    Their rounding depends on which operations run in parallel. TensorFlow only
+    accepts this setting before its first operation.
     """
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def set_seeds(config):
-    """Seeds this rank's random numbers, and makes operations deterministic."""
+    """Seeds this rank, and makes operations deterministic if asked to."""
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    # Ranks differ on purpose. The weights of rank 0 are broadcast later.
+    # Each rank needs its own random numbers. Rank 0 broadcasts its weights.
     keras.utils.set_random_seed(config.seed + hvd.rank())

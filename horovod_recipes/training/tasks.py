@@ -1,4 +1,4 @@
-"""Tasks: what a batch is, what is minimized, and what evaluation reports.
+"""Tasks. A task defines a job's batches, its loss and its metrics.
 
 `config.task` names one of `TASKS`.
 """
@@ -16,7 +16,7 @@ from horovod_recipes.errors import JobError
 
 
 class Classification:
-    """One class an image: cross-entropy, and top-1 as the metric.
+    """Predicts one class per image, with cross-entropy and top-1 accuracy.
 
     Args:
         config: The recipe's `ConfigDict`.
@@ -46,11 +46,11 @@ class Classification:
         return [keras.metrics.CategoricalAccuracy(name="top1")]
 
     def training_dataset(self, first_epoch, updates_done):
-        """Returns this rank's micro-batches, with one-hot labels, without end.
+        """Returns this rank's endless micro-batches, with one-hot labels.
 
         Args:
-            first_epoch: Integer, the epoch to begin with, from 0.
-            updates_done: Integer, the updates of that epoch to leave out.
+            first_epoch: Integer, the epoch to begin with, counted from 0.
+            updates_done: Integer, the updates of that epoch to skip.
         """
         batches = training_batches(
             self._source,
@@ -84,7 +84,7 @@ def find_task(config):
     """Returns the class of the config's task.
 
     Raises:
-        JobError: If there is none of that name.
+        JobError: If `TASKS` does not have it.
     """
     if config.task not in TASKS:
         raise JobError(
@@ -94,6 +94,6 @@ def find_task(config):
 
 
 def _input_threads(config):
-    """Returns this rank's share of its host's cores, unless the config says."""
+    """Returns `dataset.threads`, or this rank's share of its host's cores."""
     cores = len(os.sched_getaffinity(0))
     return config.dataset.threads or max(1, cores // hvd.local_size())

@@ -1,7 +1,7 @@
-"""The work folder of a run, and its checkpoints: save, keep, restore.
+"""Prepares the work folder of a run, and saves and restores its checkpoints.
 
 A checkpoint is a `.keras` file with the optimizer's state. Keras loads it
-without Horovod. A JSON file beside it holds what the job had measured.
+without Horovod. A JSON file next to it holds the job's measurements.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 from keras_lars._files import written_atomically
 
-# A run writes these, and --overwrite deletes them.
+# Files and folders that a run writes and --overwrite deletes.
 RUN_FILES = (
     "config.json",
     "checkpoints",
@@ -27,9 +27,8 @@ RUN_FILES = (
     "tensorboard",
     "trust_ratios",
 )
-# A run may be resumed with other values of these keys. They change where it
-# reads, what it writes, and how it fits on its devices. Micro-batches also
-# change the statistics of batch norm, and the masks of dropout.
+# Keys that may change when a run resumes.
+# max_micro_batch_size also changes batch norm's statistics and dropout.
 FREE_KEYS = {
     "dataset.data_dir",
     "dataset.corrupt_images",
@@ -51,11 +50,11 @@ FREE_KEYS = {
 
 
 def prepare_workdir(workdir, config, mode):
-    """Makes the folder ready for a run; rank 0 alone calls this.
+    """Makes the folder ready for a run. Only rank 0 calls this.
 
     Raises:
-        JobError: If the folder cannot be written to, or if its contents do not
-            match `mode` and `config`.
+        JobError: If the folder is not writable, or if its contents do not match
+            `mode` and `config`.
     """
     try:
         saved_config = read_config(workdir)
@@ -72,12 +71,12 @@ def prepare_workdir(workdir, config, mode):
     except OSError as error:
         raise JobError(
             f"cannot write to --workdir={workdir}: {error.strerror}; choose a "
-            "folder that can be written to"
+            "writable folder"
         ) from None
 
 
 def read_config(workdir):
-    """Returns the config of the run in `workdir`; None if it holds no run."""
+    """Returns the config of the run in `workdir`, or None without a run."""
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -90,12 +89,13 @@ def read_config(workdir):
 def check_overwritable(saved_config, workdir, mode):
     if saved_config is None:
         raise JobError(
-            f"{workdir} holds files that no run wrote; choose another --workdir"
+            f"{workdir} holds files that do not belong to a run; choose "
+            "another --workdir"
         )
     if mode == "new":
         raise JobError(
-            f"{workdir} holds a run; continue it (--resume), delete it "
-            "(--overwrite), or choose another --workdir"
+            f"{workdir} already holds a run; continue it (--resume), delete "
+            "it (--overwrite), or choose another --workdir"
         )
 
 
@@ -109,7 +109,7 @@ def delete_run(workdir):
 
 
 def check_same_config(saved, config, workdir):
-    """Raises `JobError` unless the run in `workdir` had this config."""
+    """Raises `JobError` unless the run in `workdir` has the same config."""
     if saved is None:
         raise JobError(
             f"no run to resume in {workdir}: it has no config.json of a run; "
@@ -118,7 +118,7 @@ def check_same_config(saved, config, workdir):
     saved = _flatten(saved)
     asked = _flatten(json.loads(config.to_json()))
     differences = [
-        f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}"
+        f"{key} was {saved.get(key)!r} and now is {asked.get(key)!r}"
         for key in sorted((saved | asked).keys() - FREE_KEYS)
         if saved.get(key) != asked.get(key)
     ]
@@ -141,13 +141,13 @@ def _flatten(values, prefix=""):
 
 
 def read_summary(workdir):
-    """Returns the summary of a finished run; None if it is not finished."""
+    """Returns the summary of a finished run, or None for any other."""
     path = workdir / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_summary(workdir, summary):
-    """Writes the file that marks a run as finished."""
+    """Writes summary.json, which marks a run as finished."""
     with written_atomically(workdir / "summary.json") as part:
         part.write_text(json.dumps(summary) + "\n")
 
@@ -164,11 +164,12 @@ def restore_latest(workdir, model):
     """Loads the newest checkpoint into a compiled model.
 
     Returns:
-        The number of updates done, and the measurements that `save` got; `(0,
-        {})` if there is no checkpoint yet.
+        The number of updates done, and the `measured` of `save`. Without a
+        checkpoint these are `(0, {})`.
 
     Raises:
-        JobError: If another model or optimizer wrote the checkpoint.
+        JobError: If the checkpoint is broken, or if its model or optimizer
+            differs.
     """
     paths = saved_steps(workdir)
     if not paths:
@@ -179,8 +180,8 @@ def restore_latest(workdir, model):
         measured = json.loads(path.with_suffix(".json").read_text())
     except Exception as error:
         raise JobError(
-            f"cannot load {path} ({one_line(error)}); delete it to continue "
-            "from the checkpoint before it"
+            f"cannot load {path} ({one_line(error)}); delete it to resume "
+            "from the previous checkpoint"
         ) from error
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
@@ -190,7 +191,7 @@ def restore_latest(workdir, model):
     ):
         if _description(ours) != _description(theirs):
             raise JobError(
-                f"{path} was saved from another {kind}; continue with the code "
+                f"{path} was saved from another {kind}; resume with the code "
                 "that saved it, or choose another --workdir"
             )
     for variable, value in zip(
@@ -199,7 +200,7 @@ def restore_latest(workdir, model):
         strict=True,
     ):
         variable.assign(value)
-    # The job repeats what it did after this checkpoint, and writes it again.
+    # The job will repeat the later steps and save these files again.
     for best in (workdir / "best").glob("top1-*-step-*.keras"):
         if int(best.stem.rpartition("-")[2]) > max(paths):
             best.unlink()
@@ -207,24 +208,24 @@ def restore_latest(workdir, model):
 
 
 def _description(model_or_optimizer):
-    """Returns what must be equal before a state can be loaded."""
+    """Returns the properties that must match before a state is loaded."""
     if isinstance(model_or_optimizer, keras.Model):
         return [(v.path, v.shape) for v in model_or_optimizer.weights]
     return keras.saving.serialize_keras_object(model_or_optimizer)
 
 
 def save(workdir, model, steps_done, measured, keep):
-    """Saves a checkpoint, then deletes all but the newest.
+    """Saves a checkpoint, and then deletes all but the newest ones.
 
     Args:
-        workdir: `pathlib.Path`; files go to its folder `checkpoints`.
+        workdir: `pathlib.Path`. The files go to its folder `checkpoints`.
         model: The compiled model.
         steps_done: Integer, the updates done.
-        measured: Dict for JSON, which `restore_latest` returns.
-        keep: Integer, how many of the newest to keep.
+        measured: Dict that JSON can hold. `restore_latest` returns it.
+        keep: Integer, the number of newest checkpoints to keep.
 
     Raises:
-        JobError: If it cannot be written; older checkpoints stay.
+        JobError: If it cannot write. Older checkpoints then stay.
     """
     folder = workdir / "checkpoints"
     path = folder / f"step-{steps_done:08d}.keras"
@@ -245,15 +246,18 @@ def save_if_best(workdir, model, steps_done, top1, keep):
     """Saves the model in `workdir/best` if its top-1 is one of the best.
 
     Args:
-        workdir: `pathlib.Path`.
+        workdir: `pathlib.Path`, the work folder.
         model: The compiled model.
         steps_done: Integer, the updates done.
-        top1: Float, in percent.
-        keep: Integer, how many of the best to keep.
+        top1: Float, the top-1 in percent.
+        keep: Integer, the number of best models to keep.
+
+    Raises:
+        JobError: If it cannot write. Older files then stay.
     """
     folder = workdir / "best"
     path = folder / f"top1-{top1:07.3f}-step-{steps_done:08d}.keras"
-    # By top-1; of equal ones the later first.
+    # The names sort by top-1. Among equal values, the later step wins.
     best = sorted([*folder.glob("top1-*.keras"), path], reverse=True)[:keep]
     if path not in best:
         return
@@ -272,12 +276,12 @@ def _cannot_write(path):
         yield
     except OSError as error:
         raise JobError(
-            f"cannot write the checkpoint {path}: {error.strerror}; those "
-            "before it are good: make room, and continue with --resume"
+            f"cannot write the checkpoint {path}: {error.strerror}; earlier "
+            "checkpoints are intact: free disk space, then use --resume"
         ) from error
 
 
 def _delete_halves(folder):
-    """Deletes the half-written files that a killed job has left."""
+    """Deletes incomplete files that a killed job left."""
     for path in folder.glob(".part-*"):
         path.unlink()

@@ -1,4 +1,4 @@
-"""What works in a process that cannot import Horovod."""
+"""Runs the parts that must work in a process that cannot import Horovod."""
 
 import os
 import pathlib
@@ -80,7 +80,7 @@ def test_works_without_horovod(name, tmp_path):
 
 
 def test_the_binding_needs_horovod(tmp_path):
-    """The block is real: what does need Horovod fails."""
+    """Without this failure, the other tests would prove nothing."""
     result = subprocess.run(
         [sys.executable, "-c", BLOCKED + "import horovod_recipes.keras"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""How the global batch is divided, for every recipe and by hand."""
+"""Checks how ranks and micro-batches divide the global batch."""
 
 import importlib
 import math
@@ -46,7 +46,7 @@ def test_micro_batches(family, variant, ranks, micro_batch, accumulation):
 
 
 def test_share_that_no_power_of_two_divides():
-    """500 images a rank, of which 64 fit: 10 micro-batches of 50."""
+    """A rank's 500 images become 10 micro-batches of 50, where 64 would fit."""
     config = demo.get_config()
     config.update(global_batch_size=1000, max_micro_batch_size=64)
     size = job_size(config, ranks=2)

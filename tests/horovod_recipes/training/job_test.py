@@ -1,4 +1,4 @@
-"""How a job goes on: the part that is left of it, and its random numbers."""
+"""Checks which part of a job a resumed session runs, and its dropout masks."""
 
 import keras
 import numpy as np
@@ -31,8 +31,8 @@ def test_parts_of_job(steps_done, parts):
     assert job.parts_of_job(JOB, steps_done) == parts
 
 
-def test_resumed_dropout_draws_the_masks_it_would_have_drawn():
-    """And each rank, and each layer, its own."""
+def test_resumed_dropout_draws_the_masks_of_an_uninterrupted_job():
+    """Each rank and each layer has different masks."""
 
     def masks(seed, micro_batches_done, count):
         model = keras.Sequential(

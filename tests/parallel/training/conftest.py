@@ -1,4 +1,4 @@
-"""One finished job and one interrupted job, for the tests that read them."""
+"""Finished and interrupted jobs that several tests read."""
 
 import dataclasses
 import pathlib
@@ -22,18 +22,29 @@ class FinishedJob:
 
 @pytest.fixture(scope="session")
 def session_folder(tmp_path_factory):
-    """A folder that is the same for all ranks, of the whole session."""
+    """A folder that all ranks share during the whole session."""
     folder = tmp_path_factory.mktemp("jobs") if hvd.rank() == 0 else None
     return hvd.broadcast_object(folder, root_rank=0)
 
 
 @pytest.fixture(scope="session")
 def finished_job(session_folder):
-    """A job that ran to its end; tests must not change its folder."""
+    """A job that ran to its end. Tests must not change its folder."""
     workdir, watcher = session_folder / "finished", keras.callbacks.Callback()
     summary = run_job(
         workdir, callbacks=[watcher], log_trust_ratios_every_steps=3
     )
+    return FinishedJob(workdir, summary, watcher.model)
+
+
+@pytest.fixture(scope="session")
+def accumulated_job(session_folder):
+    """A finished job with two micro-batches per update."""
+    workdir, watcher = (
+        session_folder / "accumulated",
+        keras.callbacks.Callback(),
+    )
+    summary = run_job(workdir, callbacks=[watcher], max_micro_batch_size=64)
     return FinishedJob(workdir, summary, watcher.model)
 
 
@@ -47,7 +58,7 @@ def interrupted_workdir(session_folder):
 
 @pytest.fixture
 def interrupted_copy(interrupted_workdir, shared_folder):
-    """A copy of that folder, which a test may change."""
+    """A copy of `interrupted_workdir` that a test may change."""
     copy = shared_folder / "run"
     on_rank_0(shutil.copytree, interrupted_workdir, copy)
     return copy
@@ -55,7 +66,7 @@ def interrupted_copy(interrupted_workdir, shared_folder):
 
 @pytest.fixture
 def finished_copy(finished_job, shared_folder):
-    """A copy of the finished job's folder, which a test may change."""
+    """A copy of the finished job's folder that a test may change."""
     copy = shared_folder / "run"
     on_rank_0(shutil.copytree, finished_job.workdir, copy)
     return copy

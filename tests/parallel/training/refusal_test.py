@@ -1,4 +1,4 @@
-"""What a job on two ranks refuses, in one line that is the same on both."""
+"""A job on two ranks refuses bad input with the same line on both ranks."""
 
 import os
 import pathlib
@@ -21,14 +21,14 @@ from tests.parallel.training.tiny_job import tiny_config
 
 
 class NanLogits(keras.layers.Layer):
-    """Makes the loss NaN on rank 1, and with it the gradients."""
+    """Makes the loss and the gradients NaN on rank 1."""
 
     def call(self, inputs):
         return inputs * (np.nan if hvd.rank() == 1 else 1.0)
 
 
 class NanBesideTheGradients(keras.layers.Layer):
-    """Makes the loss NaN on rank 1, and leaves the gradients finite."""
+    """Makes the loss NaN on rank 1, but keeps the gradients finite."""
 
     def call(self, inputs):
         if hvd.rank() == 1:
@@ -38,7 +38,7 @@ class NanBesideTheGradients(keras.layers.Layer):
 
 @pytest.fixture
 def network_ending_in(monkeypatch):
-    """Registers a network that ends in a layer, under the name "faulty"."""
+    """Registers a network named "faulty" that ends in a given layer."""
 
     def register(layer):
         def create(**arguments):
@@ -51,7 +51,7 @@ def network_ending_in(monkeypatch):
 
 
 class ChangeWeight(keras.callbacks.Callback):
-    """Changes the last bit of weights of rank 1 after an update."""
+    """Changes the last bit of one variable on rank 1 after update 3."""
 
     def on_train_batch_end(self, batch, logs=None):
         if hvd.rank() == 1 and int(self.model.optimizer.iterations) == 3:
@@ -109,7 +109,7 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
     [
         (
             {"global_batch_size": 1023},
-            r"1023 is not divisible by 2 ranks; the nearest that is: 1022",
+            "1023 is not divisible by 2 .* nearest divisible size is 1022",
         ),
         ({"max_micro_batch_size": 0}, "max_micro_batch_size must be 1 or more"),
         ({"precision": "float8"}, "precision must be one of float32, mixed_"),
@@ -126,7 +126,7 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
         ({"dataset.threads": -3}, "dataset.threads must be 1 or more, or No"),
         (
             {"dataset.service": "grpc://a:1", "dataset.corrupt_images": "skip"},
-            "corrupt_images=skip counts .* use stop",
+            "corrupt_images=skip does not work .* images=stop",
         ),
         (
             {"dataset.num_classes": 9},
@@ -136,8 +136,8 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
             {"dataset.train_examples": 5000},
             "train_examples=5000, but .* has 1000: was an archive cut short",
         ),
-        ({"dataset.test_split": "dev"}, "has no split 'dev', only t"),
-        ({"global_batch_size": 1}, "the nearest that is: 2"),
+        ({"dataset.test_split": "dev"}, "has no examples in split 'dev'"),
+        ({"global_batch_size": 1}, "the nearest divisible size is 2"),
         ({"global_batch_size": 8000}, "more than the 1000 .* works is 1000"),
         ({"global_batch_size": 0}, "global_batch_size must be 1 or more"),
         ({"epochs": 0}, "epochs must be 1 or more"),
@@ -149,7 +149,7 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
         ({"dataset.augmentation": "cutout"}, "augmentation must be one of"),
         ({"dataset.name": "nodigits"}, "unknown dataset 'nodigits'"),
         ({"dataset.name": "mnist/1/2/3"}, "unknown dataset 'mnist/1/2/3'"),
-        ({"dataset.data_dir": "/empty"}, "get it with: python -m horovod_rec"),
+        ({"dataset.data_dir": "/empty"}, "prepare it with: python -m horov"),
         ({"optimizer.momentum": 1.5}, "Argument `momentum` must be"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -193,12 +193,14 @@ def test_workdir_that_holds_a_run(finished_copy):
 def test_workdir_that_holds_other_files_is_never_deleted(shared_folder):
     on_rank_0((shared_folder / "thesis.txt").write_text, "years of work")
     for mode in ("new", "overwrite"):
-        assert_refused("files that no run wrote", shared_folder, mode)
-    # Nor beside a config.json of another kind.
+        assert_refused("files that do not belong to a run", shared_folder, mode)
+    # A config.json of another program does not make the folder a run.
     config = shared_folder / "config.json"
     on_rank_0(config.write_text, '{"layers": 12}')
-    assert_refused("files that no run wrote", shared_folder, "overwrite")
-    # Nor beside a run that is overwritten.
+    assert_refused(
+        "files that do not belong to a run", shared_folder, "overwrite"
+    )
+    # Overwriting a run keeps other files in its folder.
     on_rank_0(config.write_text, tiny_config().to_json())
     run_job(shared_folder, mode="overwrite", epochs=2)
     assert (shared_folder / "thesis.txt").read_text() == "years of work"

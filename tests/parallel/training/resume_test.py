@@ -1,4 +1,4 @@
-"""How a job on two ranks stops, and continues where it was."""
+"""A job on two ranks stops, and resumes where it stopped."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ from tests.parallel.training.tiny_job import tiny_config
 
 
 class SigtermToRank1(keras.callbacks.Callback):
-    """Sends the signal to rank 1 after an update, as a cluster would."""
+    """Sends SIGTERM to rank 1 after an update, as a cluster would."""
 
     def __init__(self, step):
         super().__init__()
@@ -36,7 +36,7 @@ class SigtermToRank1(keras.callbacks.Callback):
 
 
 class SmallFiles(keras.callbacks.Callback):
-    """Has the system refuse large files on rank 0, as a full disk would."""
+    """Limits the size of files on rank 0, to act like a full disk."""
 
     def __init__(self, epoch, file_bytes):
         super().__init__()
@@ -69,15 +69,16 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert_same_training(finished_job.workdir, interrupted_copy)
 
 
-def test_sigterm_to_one_rank_saves_and_stops_all(shared_folder):
-    """In the middle of an epoch; the resumed job is as if nothing was."""
-    whole, parts = shared_folder / "whole", shared_folder / "parts"
+def test_sigterm_to_one_rank_saves_and_stops_all(
+    accumulated_job, shared_folder
+):
+    """After a signal within an epoch, a resumed job ends as if undisturbed."""
+    whole, parts = accumulated_job.workdir, shared_folder / "parts"
     changes = {"max_micro_batch_size": 64}
-    run_job(whole, **changes)
     with pytest.raises(StoppedBySigterm) as stop:
         run_job(parts, callbacks=[SigtermToRank1(step=5)], **changes)
     assert stop.value.steps_done == 5
-    # The job no longer listens to signals.
+    # The job has restored the default action of the signal.
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())
     assert names[-1] == "step-00000005.keras"
@@ -92,8 +93,8 @@ def test_sigterm_to_one_rank_saves_and_stops_all(shared_folder):
             *([float(r[name]) for r in table(w)] for w in (whole, parts)),
             rtol=1e-6,
         )
-    # Batch norm's moving statistics were averaged once more. All other state
-    # is the same to the bit.
+    # Stopping averages batch norm's moving statistics over the ranks once more.
+    # All other state is bit-equal.
     state, other_state = saved_state(whole), saved_state(parts)
     for path, value in state.items():
         np.testing.assert_allclose(
@@ -105,20 +106,21 @@ def test_sigterm_to_one_rank_saves_and_stops_all(shared_folder):
 
 
 def test_sigterm_at_the_last_step_of_an_epoch(shared_folder):
-    """The epoch ends as usual, with its evaluation; then the job stops."""
+    """The job first finishes the epoch with its evaluation, and then stops."""
     workdir = shared_folder / "run"
     changes = {
         "global_batch_size": 1000,
         "max_micro_batch_size": 500,
         "evaluate_every_epochs": 1,
+        "epochs": 2,
     }
     with pytest.raises(StoppedBySigterm) as stop:
         run_job(workdir, callbacks=[SigtermToRank1(step=1)], **changes)
     assert stop.value.steps_done == 1
     (row,) = table(workdir)
     assert float(row["test_loss"]) > 0
-    assert run_job(workdir, "resume", **changes)["steps"] == 3
-    assert [row["epoch"] for row in table(workdir)] == ["1", "2", "3"]
+    assert run_job(workdir, "resume", **changes)["steps"] == 2
+    assert [row["epoch"] for row in table(workdir)] == ["1", "2"]
 
 
 @pytest.mark.usefixtures("_unlimited_files")
@@ -126,7 +128,7 @@ def test_full_disk_keeps_the_older_checkpoints(shared_folder):
     workdir = shared_folder / "run"
     assert_refused(
         r"on rank 0: cannot write the checkpoint .*/step-00000006.keras: "
-        r"File too large; those before it are good: make room, and continue",
+        r"File too large; earlier checkpoints are intact: free disk space",
         workdir,
         callbacks=[SmallFiles(epoch=1, file_bytes=20_000)],
     )
@@ -141,7 +143,7 @@ def test_resuming_a_finished_run_trains_no_more(finished_job, finished_copy):
     changes = {"log_trust_ratios_every_steps": 3}
     summary = hvd.broadcast_object(finished_job.summary, root_rank=0)
     assert run_job(finished_copy, "resume", **changes) == summary
-    # As if it was killed between its last checkpoint and its summary.
+    # A kill between the last checkpoint and the summary leaves this state.
     on_rank_0((finished_copy / "summary.json").unlink)
     again = run_job(finished_copy, "resume", **changes)
     assert again["top1"] == summary["top1"]
@@ -154,13 +156,13 @@ def test_resume_without_a_run(shared_folder):
 
 def test_resume_with_another_model_or_optimizer(interrupted_workdir):
     assert_refused(
-        r"model.filters was 2 and is 3",
+        r"model.filters was 2 and now is 3",
         interrupted_workdir,
         "resume",
         **{"model.filters": 3},
     )
     assert_refused(
-        r"optimizer.momentum was 0.9 and is 0.8",
+        r"optimizer.momentum was 0.9 and now is 0.8",
         interrupted_workdir,
         "resume",
         **{"optimizer.momentum": 0.8},
@@ -173,7 +175,7 @@ def test_resume_with_other_keys_that_change_no_result(interrupted_copy):
     assert run_job(interrupted_copy, "resume", **changes)["steps"] == 9
 
 
-def test_resume_from_a_checkpoint_that_is_broken(interrupted_copy):
+def test_resume_from_a_broken_checkpoint(interrupted_copy):
     on_rank_0(checkpoint(interrupted_copy, step=6).write_bytes, b"")
     assert_refused(
         "cannot load .*step-00000006.keras .*delete it",
@@ -183,10 +185,11 @@ def test_resume_from_a_checkpoint_that_is_broken(interrupted_copy):
 
 
 def test_resume_from_another_optimizer(interrupted_copy):
-    """The config is the same, the code that made the optimizer was another."""
+    """The config is the same, but other code made the optimizer."""
     path = checkpoint(interrupted_copy, step=6)
     model = keras.saving.load_model(path)
     model.compile(LARS(0.1, momentum=0.5), loss=model.loss)
+    model.optimizer.build(model.trainable_variables)
     on_rank_0(model.save, path)
     assert_refused("saved from another optimizer", interrupted_copy, "resume")
 
@@ -195,5 +198,6 @@ def test_resume_from_another_model(interrupted_copy):
     config = tiny_config()
     model = small_cnn((28, 28, 1), 10, filters=2 * config.model.filters)
     model.compile(LARS(0.1), loss="categorical_crossentropy")
+    model.optimizer.build(model.trainable_variables)
     on_rank_0(model.save, checkpoint(interrupted_copy, step=6))
     assert_refused("saved from another model", interrupted_copy, "resume")

@@ -1,4 +1,4 @@
-"""A tiny job for the tests: 1,000 digits, 2 filters, 9 updates."""
+"""A tiny job for tests: 1,000 digits, 2 filters and 9 updates."""
 
 import csv
 
@@ -15,7 +15,7 @@ from horovod_recipes.training.job import train_and_evaluate
 def tiny_config(**changes):
     config = demo.get_config()
     config.model.filters = 2
-    # The smaller split serves for both.
+    # The smaller split serves for training and evaluation.
     config.dataset.train_split = "test"
     config.dataset.train_examples = 1000
     config.global_batch_size = 256
@@ -26,7 +26,7 @@ def tiny_config(**changes):
     config.evaluate_every_epochs = 5
     config.checkpoint_every_epochs = 1
     config.keep_checkpoints = 2
-    # Only where a test asks for it.
+    # Longer than the job, so only tests that change it log trust ratios.
     config.log_trust_ratios_every_steps = 1000
     config.update_from_flattened_dict(changes)
     return config
@@ -38,7 +38,7 @@ def run_job(workdir, mode="new", callbacks=(), **changes):
 
 
 def assert_refused(match, workdir, mode="new", callbacks=(), **changes):
-    """The same error, in one line, on both ranks; returns it."""
+    """Checks for the same one-line error on both ranks; returns it."""
     with pytest.raises(JobError, match=match) as error:
         run_job(workdir, mode, callbacks, **changes)
     messages = hvd.allgather_object(str(error.value))
@@ -90,7 +90,7 @@ def saved_state(workdir):
 
 
 def assert_same_training(workdir, other):
-    """Both jobs measured the same and ended with the same, to the bit."""
+    """Checks that two jobs have the same metrics and bit-equal states."""
     for row, other_row in zip(table(workdir), table(other), strict=True):
         del row["images_per_second"], other_row["images_per_second"]
         assert row == other_row
