@@ -32,8 +32,8 @@ def get_config():
         # Threads of a rank's input pipeline. None means its share of the cores.
         threads=config_dict.placeholder(int),
     )
-    # Largest number of images in one forward pass of one rank.
-    # Memory limits it. Batch norm computes its statistics over a micro-batch.
+    # Images in one forward pass of one rank, at most.
+    # Memory limits it, and batch norm computes its statistics over it.
     config.max_micro_batch_size = 64
     config.seed = 0
     # "float32", "mixed_bfloat16" or "mixed_float16".

@@ -11,7 +11,7 @@ with the rate of batch 512 scaled linearly, and the same warm-up.
 
 Hardware: any GPU with 8 GB. A micro-batch has up to 512 images; each rank
 accumulates as many as its share of the batch needs. This recipe has not run at
-full size here: the top-1 values are those of the source.
+full size here: the top-1 values come from the source.
 
 | variant | rate | warm-up epochs | expected top-1, % |
 |---|---|---|---|
@@ -64,8 +64,7 @@ def get_config(variant="8k"):
     if "sgd" in variant:
         _imagenet.without_lars(config)
     else:
-        # Without batch norm, biases diverge at the full learning rate.
-        # This scale gives them SGD's rate at batch 512, which is 0.02.
-        # The paper does not state a rate for biases.
+        # Without batch norm, biases diverge at the full rate; 0.01 gives them
+        # SGD's rate at batch 512. The paper states none.
         config.optimizer.unadapted_scale = 0.01
     return config

@@ -5,15 +5,15 @@
 
 Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks
 with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
-1708.03888, the tables of AlexNet-BN, which is AlexNet with batch norm. Plain
-variants use LARS. `_sgd_best` uses SGD with the best rate that the paper found.
-`_sgd` is the paper's baseline: SGD, with the rate of batch 512 scaled linearly,
-and the same warm-up.
+1708.03888, the tables of AlexNet-BN. That network is AlexNet with batch norm.
+Plain variants use LARS. `_sgd_best` uses SGD with the best rate that the paper
+found. `_sgd` is the paper's baseline: SGD, with the rate of batch 512 scaled
+linearly, and the same warm-up.
 
 Hardware: any GPU with 8 GB. A micro-batch has up to 128 images; each rank
 accumulates as many as its share of the batch needs. Batch norm computes its
 statistics over a micro-batch; the paper does not state its own size. This
-recipe has not run at full size here: the top-1 values are those of the source.
+recipe has not run at full size here: the top-1 values come from the source.
 
 | variant | rate | warm-up epochs | expected top-1, % |
 |---|---|---|---|

@@ -8,13 +8,13 @@ with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
 1708.03888, the table of ResNet-50. Plain variants use minimal augmentation, and
 `_inception` uses Inception's. `_sgd` is the baseline without LARS: SGD with
 momentum, a rate of 0.1 per 256 images, 5 epochs of warm-up and weight decay
-1e-4 (Goyal et al., arXiv 1706.02677, sections 2 and 5.1). It has minimal
-augmentation and the same decay of the rate as the other variants.
+1e-4. These values come from Goyal et al., arXiv 1706.02677, sections 2 and 5.1.
+The baseline has minimal augmentation, and its rate decays like the others.
 
 Hardware: any GPU with 12 GB. A micro-batch has up to 64 images; each rank
 accumulates as many as its share of the batch needs. Batch norm computes its
 statistics over a micro-batch. This recipe has not run at full size here: the
-top-1 values are those of the source.
+top-1 values come from the source.
 
 | variant | rate | warm-up epochs | epochs | expected top-1, % | `_inception` |
 |---|---|---|---|---|---|

@@ -14,7 +14,7 @@ the warm-up there, for 42 epochs in total. A job stops when it reaches 75.9 %.
 Hardware: a GPU with 16 GB that supports bfloat16. A micro-batch has 64 images
 for batches up to 8K and 128 above; each rank accumulates as many as its share
 of the batch needs. This recipe has not run at full size here: the epochs to
-75.9 % are those of the source.
+75.9 % come from the source.
 
 | variant | rate | warm-up epochs | momentum | weight decay | epochs to 75.9 % |
 |---|---|---|---|---|---|

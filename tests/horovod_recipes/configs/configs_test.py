@@ -58,8 +58,8 @@ LINEAR = {
     "alexnet_bn": (0.02, 512, 2.5),
     "resnet50": (0.1, 256, 5),
 }
-# Global batch, rate, warm-up epochs, momentum, weight decay, total epochs.
-# Last, the first and last epoch at which a run reached 75.9 %.
+# Global batch, rate, warm-up epochs, momentum, weight decay, total epochs,
+# and the first and last epoch that reached 75.9 %.
 MLPERF = {
     "4k": (4 * K, 10, 5, 0.9, 2e-4, 42, 39, 42),
     "8k": (8 * K, 17, 5, 0.9, 2e-4, 44, 41, 44),
