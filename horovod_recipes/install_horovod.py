@@ -3,7 +3,7 @@
     python -m horovod_recipes.install_horovod [--gpu] [--check]
 
 The build supports Gloo, and MPI if `mpicxx` is found. With `--gpu` it also
-supports CUDA and NCCL, from NVIDIA's packages on PyPI (docs/gpu_build.md). With
+supports CUDA and NCCL, from NVIDIA's packages on PyPI (docs/horovod.md). With
 `--check` the command only checks that this machine can build Horovod.
 
 Horovod's last release does not compile against TensorFlow 2.16 and later,
@@ -56,6 +56,9 @@ CUDA_ARCHITECTURES = "75,80,86,89,90,100,120"
 NCCL_REQUIREMENT = "nvidia-nccl-cu12>=2.27.7,<3"
 # The only TensorFlow that the GPU build was tested with.
 GPU_TENSORFLOW = "2.21"
+# The file in which horovodrun checks its build, and the line that hides stderr.
+CHECKS_FILE = "common/util.py"
+HIDE_STDERR = "os.dup2(sys.stderr.fileno(), 2)"
 FIX = "run: python -m horovod_recipes.install_horovod"
 MPI_FIX = "mpicxx was not found (Debian: libopenmpi-dev, openmpi-bin)"
 
@@ -214,6 +217,8 @@ def why_not_current(tensorflow, options):
         return f"Horovod {version} is installed"
     if built_for() != tensorflow:
         return f"the installed Horovod was built for TensorFlow {built_for()}"
+    if HIDE_STDERR not in (installed_folder() / CHECKS_FILE).read_text():
+        return "the installed Horovod prints TensorFlow's banner"
     try:
         prove(options)
     except InstallError as error:
@@ -221,15 +226,20 @@ def why_not_current(tensorflow, options):
     return None
 
 
+def installed_folder():
+    """Returns the folder of the installed Horovod, or None."""
+    spec = importlib.util.find_spec("horovod")
+    return spec and pathlib.Path(spec.submodule_search_locations[0])
+
+
 def built_for():
     """Returns the TensorFlow version that the installed Horovod was built for.
 
     Returns None if Horovod was built without TensorFlow, or is incomplete.
     """
-    spec = importlib.util.find_spec("horovod")
-    if spec is None:
+    folder = installed_folder()
+    if folder is None:
         return None
-    folder = pathlib.Path(spec.submodule_search_locations[0])
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
     except FileNotFoundError:
@@ -239,7 +249,7 @@ def built_for():
 
 def check_installed():
     """Raises `ImportError` unless the installed Horovod fits TensorFlow."""
-    if importlib.util.find_spec("horovod") is None:
+    if installed_folder() is None:
         raise ImportError(
             "Horovod is not installed here; activate the environment that has "
             f"it (. .venv/bin/activate), or {FIX}"
@@ -407,10 +417,11 @@ def silence_checks_of_horovodrun(source):
     horovodrun imports TensorFlow in a process whose output it hides, but only
     what Python prints there.
     """
-    path = source / "horovod" / "common" / "util.py"
     hidden = "            sys.stderr = open(os.devnull, 'w')\n"
     replace(
-        path, hidden, f"{hidden}            os.dup2(sys.stderr.fileno(), 2)\n"
+        source / "horovod" / CHECKS_FILE,
+        hidden,
+        f"{hidden}            {HIDE_STDERR}\n",
     )
 
 
