@@ -9,24 +9,9 @@ import json
 import sys
 import time
 
-from absl import flags
-
 from horovod_recipes._quiet import without_banner
-from horovod_recipes.configs import _flags
 from horovod_recipes.errors import JobError
 from horovod_recipes.install_horovod import check_installed
-
-FLAGS = flags.FlagValues()
-_flags.define_config(FLAGS)
-flags.DEFINE_string("workdir", None, "The folder for the results.", FLAGS)
-flags.DEFINE_bool("resume", False, "Resume the run in workdir.", FLAGS)
-flags.DEFINE_bool("overwrite", False, "Delete the run in workdir.", FLAGS)
-flags.DEFINE_bool(
-    "rehearse",
-    False,
-    "Train two short epochs on generated images, with small batches.",
-    FLAGS,
-)
 
 
 def main(argv, callbacks=()):
@@ -36,20 +21,22 @@ def main(argv, callbacks=()):
         argv: List of strings, the command line.
         callbacks: Your own Keras callbacks, for `train_and_evaluate`.
     """
-    if "--help" in argv:
-        print(__doc__, FLAGS, sep="")
-        return 0
     try:
+        # Outside of the environment, the imports below would fail.
         check_installed()
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    flags = create_flags()
+    if "--help" in argv:
+        print(__doc__, flags, sep="")
+        return 0
     with without_banner():
         import horovod_recipes.keras as hvd
         from horovod_recipes.training.callbacks import StoppedBySigterm
 
     try:
-        summary = run(argv, callbacks)
+        summary = run(flags, argv, callbacks)
     except StoppedBySigterm as stop:
         if hvd.rank() == 0:
             print(
@@ -70,9 +57,30 @@ def main(argv, callbacks=()):
     return 0
 
 
-def run(argv, callbacks):
+def create_flags():
+    """Returns the flags of the command line, before they are parsed."""
+    from absl import flags
+
+    from horovod_recipes.configs import _flags
+
+    values = flags.FlagValues()
+    _flags.define_config(values)
+    flags.DEFINE_string("workdir", None, "The folder for the results.", values)
+    flags.DEFINE_bool("resume", False, "Resume the run in workdir.", values)
+    flags.DEFINE_bool("overwrite", False, "Delete the run in workdir.", values)
+    flags.DEFINE_bool(
+        "rehearse",
+        False,
+        "Train two short epochs on generated images, with small batches.",
+        values,
+    )
+    return values
+
+
+def run(flags, argv, callbacks):
     """Parses the command line and runs the job; returns its summary."""
     import horovod_recipes.keras as hvd
+    from horovod_recipes.configs import _flags
     from horovod_recipes.training import process
     from horovod_recipes.training import rehearsal
     from horovod_recipes.training.failures import raised_on_every_rank
@@ -83,31 +91,31 @@ def run(argv, callbacks):
     hvd.init()
     with raised_on_every_rank():
         process.choose_gpu()
-        config_name = _flags.parse(FLAGS, argv)
-        if FLAGS.config.deterministic:
+        config_name = _flags.parse(flags, argv)
+        if flags.config.deterministic:
             process.run_operations_one_by_one()
-        mode = run_mode()
-        if FLAGS.rehearse:
-            images = FLAGS.workdir.rstrip("/") + "-images"
-            rehearsal.make_small(FLAGS.config, images, hvd.size())
+        mode = run_mode(flags)
+        if flags.rehearse:
+            images = flags.workdir.rstrip("/") + "-images"
+            rehearsal.make_small(flags.config, images, hvd.size())
             config_name += " --rehearse"
     with raised_on_every_rank():
-        if FLAGS.rehearse and hvd.rank() == 0:
+        if flags.rehearse and hvd.rank() == 0:
             rehearsal.write_dataset(images)
     return train_and_evaluate(
-        FLAGS.config, config_name, FLAGS.workdir, mode, callbacks
+        flags.config, config_name, flags.workdir, mode, callbacks
     )
 
 
-def run_mode():
+def run_mode(flags):
     """Returns the `mode` of `train_and_evaluate` that the flags select."""
-    if not FLAGS.workdir:
+    if not flags.workdir:
         raise JobError("--workdir is missing; it names the folder for results")
-    if FLAGS.resume and FLAGS.overwrite:
+    if flags.resume and flags.overwrite:
         raise JobError("--resume and --overwrite exclude each other; drop one")
-    if FLAGS.resume:
+    if flags.resume:
         return "resume"
-    return "overwrite" if FLAGS.overwrite else "new"
+    return "overwrite" if flags.overwrite else "new"
 
 
 if __name__ == "__main__":
