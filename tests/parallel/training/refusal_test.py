@@ -126,7 +126,7 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
         ({"dataset.threads": -3}, "dataset.threads must be 1 or more, or No"),
         (
             {"dataset.service": "grpc://a:1", "dataset.corrupt_images": "skip"},
-            "corrupt_images=skip does not work .* images=stop",
+            "corrupt_images=skip does not work .*_images=stop",
         ),
         (
             {"dataset.num_classes": 9},
