@@ -130,7 +130,8 @@ def top1_of(path, data_dir):
 
 
 @pytest.mark.parametrize(
-    "config", ["alexnet:8k", "alexnet_bn:8k_sgd", "resnet50_mlperf:32k"]
+    "config",
+    ["alexnet:8k", "alexnet_bn:8k_sgd", "resnet50:32k", "resnet50_mlperf:32k"],
 )
 def test_rehearsal(config, tmp_path):
     """The network of resnet50:32k is that of resnet50_mlperf:32k."""
