@@ -21,7 +21,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The interpreter itself, even where PYTHON belongs to an active environment.
 BASE_PYTHON := $(shell "$(PYTHON)" -c \
-  'import sys; print(sys._base_executable)' 2> /dev/null)
+  'import os, sys; print(os.path.realpath(sys._base_executable))' \
+  2> /dev/null)
 SETTINGS := $(BASE_PYTHON) $(TENSORFLOW) $(CONSTRAINTS)
 MPICXX := $(shell command -v mpicxx 2> /dev/null)
 
@@ -157,7 +158,7 @@ bench: .venv/done
 
 ## clean           delete all that these targets have made
 clean:
-	rm -rf .venv .settings .mpi data runs build site *.egg-info
+	rm -rf .venv .settings .mpi data runs build *.egg-info
 
 # New settings make a new environment: two builds of TensorFlow in one
 # environment overwrite each other.

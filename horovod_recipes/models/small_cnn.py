@@ -1,23 +1,22 @@
-"""The demo's network: five convolutions with batch norm, for small images."""
+"""The demo's network: three convolutions with batch norm, for small images."""
 
 import keras
 from keras import layers
 
 
 def small_cnn(image_shape, num_classes, filters=16):
-    """Returns a network that two CPU cores train in less than a minute.
+    """Returns a network that two CPU cores train in half a minute.
 
     Args:
         image_shape: Tuple `(height, width, channels)`; the input is uint8.
         num_classes: Integer, the number of logits.
-        filters: Integer, the filters of the first convolution; the next two
-            have twice as many, the last two four times. Defaults to `16`.
+        filters: Integer, the filters of the first convolution. The second one
+            has twice as many, the third one four times. Defaults to `16`.
     """
     inputs = keras.Input(image_shape, dtype="uint8")
     x = layers.Rescaling(1 / 127.5, offset=-1)(inputs)
-    for index, (width, stride) in enumerate(
-        [(1, 1), (2, 2), (2, 1), (4, 2), (4, 1)], start=1
-    ):
+    widths_and_strides = [(1, 2), (2, 2), (4, 1)]
+    for index, (width, stride) in enumerate(widths_and_strides, start=1):
         x = layers.Conv2D(
             width * filters,
             kernel_size=3,

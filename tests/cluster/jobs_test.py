@@ -217,6 +217,6 @@ def test_elastic_job_loses_a_host_and_takes_it_back(cluster, tmp_path):
     assert summary["each_example_once"]
     assert summary["updates"] == 8 * 8
     assert summary["ranks"] == 2
-    # An undisturbed job on one rank has 97.0.
-    assert summary["top1"] == pytest.approx(97, abs=1.5)
+    # An undisturbed job on one rank has 96.4.
+    assert summary["top1"] == pytest.approx(96.4, abs=1.5)
     assert_nothing_runs(cluster, seconds=60)

@@ -72,7 +72,7 @@ def load_digits(split):
 def create_model(image_shape, steps, warmup_steps):
     """Returns the compiled network; its rate depends on the update alone."""
     keras.utils.set_random_seed(SEED)
-    model = small_cnn(image_shape, NUM_CLASSES, filters=8)
+    model = small_cnn(image_shape, NUM_CLASSES, filters=16)
     schedule = WarmupPolynomialDecay(10.0, steps, warmup_steps)
     model.compile(
         optimizer=hvd.DistributedOptimizer(

@@ -24,7 +24,7 @@ EPOCHS = 8
 UPDATES = 8 * EPOCHS
 DIGITS = python(DIGITS_JOB, f"--epochs={EPOCHS}", "--pause=0.3")
 # In percent, of DIGITS on one rank that nothing happens to.
-UNDISTURBED_TOP1 = 97.0
+UNDISTURBED_TOP1 = 96.4
 # In points: 15 of the 1,000 test digits.
 TOLERANCE = 1.5
 
