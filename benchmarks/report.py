@@ -30,7 +30,7 @@ from benchmarks.speed import xla_step
 DOCS = pathlib.Path("docs")
 GLOO = "horovodrun --gloo -np 2 "
 MPI = "horovodrun --mpi -np 2 "
-# Seconds for each command.
+# Time limit of each command, in seconds.
 TIME_LIMIT_S = 1800
 
 

@@ -19,7 +19,7 @@ base = keras.applications.ResNet50V2(
     # Rank 0 alone downloads them, and broadcasts them below.
     weights=None,
 )
-# Small images need the first layers alone.
+# Small images need only the first layers.
 features = keras.Model(base.input, base.get_layer("conv2_block1_out").output)
 inputs = keras.Input((28, 28, 1))
 x = layers.Rescaling(1 / 127.5, offset=-1)(layers.Resizing(32, 32)(inputs))

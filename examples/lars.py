@@ -51,6 +51,6 @@ model.compile(
     metrics=["accuracy"],
 )
 model.fit(images, labels, batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=2)
-model.save("lars.keras")  # Needs `import keras_lars` where it is loaded.
+model.save("lars.keras")  # Loading it needs `import keras_lars`.
 results = model.evaluate(*load_digits("test"), verbose=0, return_dict=True)
 print(f"test accuracy: {results['accuracy']:.3f}")

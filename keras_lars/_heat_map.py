@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_lars._files import written_atomically
 
-# Number of labels from which on the picture stops growing and leaves some out.
+# Maximum number of labels. The picture leaves out the others.
 MAX_LABELS = 200
 
 
@@ -42,7 +42,7 @@ def draw(labels, table, every_n_steps, path):
     axes.set_xlabel("step")
     rows = np.arange(0, len(labels), math.ceil(len(labels) / MAX_LABELS))
     axes.set_yticks(rows + 0.5, [labels[row] for row in rows], fontsize=7)
-    # On top the colour bar is in sight, even of a tall picture.
+    # At the top, the colour bar is visible even in a tall picture.
     figure.colorbar(
         image,
         location="top",

@@ -1,4 +1,4 @@
-"""The private names of Keras's optimizers that LARS uses, each with why.
+"""The private names of Keras's optimizers that LARS uses, and why.
 
 A new version of Keras may lack one. A test then fails and names it.
 """

@@ -327,7 +327,7 @@ def _norm(x, size):
 
     XLA:CPU stores all squares of a plain sum before it adds them up, without
     vector instructions. It adds up 16 long rows in one pass, vectorised and on
-    all threads. A sixteenth of the numbers is left. `maximum` changes no
+    all threads. One sixteenth of the numbers is left. `maximum` changes no
     value: it keeps XLA from folding both sums back into one.
     `benchmarks.speed.norm` times this and other ways.
     """

@@ -7,7 +7,7 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
 
-# A rank without an operation for so long has hung.
+# Seconds without an operation after which a rank counts as hung.
 WATCHDOG_SECONDS = 3600
 
 

@@ -2,10 +2,10 @@
 
     horovodrun --gloo -np 2 python -m benchmarks.speed.allreduce_model
 
-times `hvd.allreduce` of float32 tensors from 4 KB to 128 MB on ranks with one
-thread each. It fits the latency and the bandwidth of `hardware.ring_seconds` to
-the medians, by least squares of the relative error. It takes 3 minutes on 2
-cores.
+It times `hvd.allreduce` of float32 tensors from 4 KB to 128 MB on ranks with
+one thread each. It fits the latency and the bandwidth of
+`hardware.ring_seconds` to the medians, by least squares of the relative error.
+It takes 3 minutes on 2 cores.
 
 If each rank has its own core, a third of the rounds also measures what one core
 does while the others do the same: matrix products, training of ResNet-50,
@@ -94,7 +94,7 @@ def measure_core(rounds):
     """Returns what one core does per second, as medians with quartiles."""
     matrix = tf.random.normal([MATRIX_SIZE, MATRIX_SIZE])
     array = np.ones(ARRAY_LENGTH, "float32")
-    # The work of a call, and the call.
+    # The work of one call in the key's unit, and the function to call.
     functions = {
         "matmul_gflops": (
             2 * MATRIX_SIZE**3 / 1e9,

@@ -2,7 +2,7 @@
 
     horovodrun --gloo -np 2 python -m benchmarks.speed.callbacks
 
-trains ResNet-50 on generated images of 224 x 224 pixels on two ranks. After
+It trains ResNet-50 on generated images of 224 x 224 pixels on two ranks. After
 every step both callbacks do their work, and rank 0 times it. The cost of one
 call in 100 steps follows from that. Ranks meet before each call, so that the
 time has no wait for a slower step of another rank. It takes 2 minutes on 2

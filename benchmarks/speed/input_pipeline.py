@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.input_pipeline
 
-measures one core on 20 photos of ImageNet with 512 x 512 pixels. TFDS's
+It measures one core on 20 photos of ImageNet with 512 x 512 pixels. TFDS's
 imagenet2012 has written them as TFRecords. The time is the processor's, which
 other processes disturb less than the clock. The memory of this process is
 measured over an epoch. It takes 6 minutes, and downloads the photos.

@@ -2,10 +2,11 @@
 
     python -m benchmarks.speed.norm
 
-computes the norm of every kernel of ResNet-50 in one XLA program of TensorFlow,
-in each way that was tried for LARS. These are 54 arrays with 25.5 million
-numbers together. `keras_lars.lars` uses "16 rows". The error is the largest of
-the 54 relative errors, compared with float64. It takes 1 minute on 2 cores.
+It computes the norm of every kernel of ResNet-50 in one XLA program of
+TensorFlow, in each way that was tried for LARS. These are 54 arrays with 25.5
+million numbers together. `keras_lars.lars` uses "16 rows". The error is the
+largest of the 54 relative errors, compared with float64. It takes 1 minute on 2
+cores.
 """
 
 import math

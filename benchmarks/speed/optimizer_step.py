@@ -3,9 +3,9 @@
     pip install '.[bench]'
     python -m benchmarks.speed.optimizer_step
 
-times LARS, Keras's SGD with momentum and Keras's Lamb on TensorFlow, with and
-without XLA, and the peers that are installed: optax, PyTorch, timm. It takes 10
-minutes on 2 cores. On a GPU it needs JAX and no TensorFlow:
+It times LARS, Keras's SGD with momentum and Keras's Lamb on TensorFlow, with
+and without XLA, and the peers that are installed: optax, PyTorch, timm. It
+takes 10 minutes on 2 cores. On a GPU it needs JAX and no TensorFlow:
 
     KERAS_BACKEND=jax python -m benchmarks.speed.optimizer_step
 
@@ -253,7 +253,7 @@ def measure(model, rounds):
             "ms": _measure.spread(1e3 * own),
             "ratio": _measure.spread_of_ratios(own, seconds[BASELINE]),
             "first_call_s": first_call_s[name],
-            # Of tiny variables it is mostly the interpreter's.
+            # With tiny variables, most of the memory is the interpreter's.
             "peak_mb": (
                 None
                 if model == "tiny"

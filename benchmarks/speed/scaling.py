@@ -43,7 +43,7 @@ PARTS = {
 }
 # Updates in the timeline.
 RECORDED_UPDATES = 3
-# Horovod's thread must finish the file of the timeline within these seconds.
+# Time limit for Horovod's thread to finish the timeline's file, in seconds.
 TIMELINE_LIMIT_S = 10
 
 

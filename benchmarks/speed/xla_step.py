@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.xla_step
 
-makes updates of ResNet-50 on generated images in one process, as a job does,
+It makes updates of ResNet-50 on generated images in one process, as a job does,
 with the config's `xla` and without it, in turns. The update is a program of its
 own in both. The first call traces and compiles. It takes 3 minutes on 1 core.
 """

@@ -36,7 +36,7 @@ SHA256 = {
 }
 ORIGIN = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
-# Seconds for each command that gets the Debian package.
+# Time limit of each command that gets the Debian package, in seconds.
 TIME_LIMIT_S = 300
 
 

@@ -201,7 +201,7 @@ def without_autotuning(batches):
 
     dataset = tf.data.Dataset.from_generator(
         lambda: map(batches.__getitem__, range(len(batches))),
-        # Without a fixed batch size, both forms round the same.
+        # With a fixed batch size, the dataset would round differently.
         output_signature=tuple(
             tf.TensorSpec((None, *part.shape[1:]), part.dtype)
             for part in batches[0]

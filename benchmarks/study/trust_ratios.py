@@ -2,7 +2,7 @@
 
     python -m benchmarks.study.trust_ratios
 
-takes a few minutes on 2 cores, and downloads photos and Fashion-MNIST. LARS
+It takes a few minutes on 2 cores, and downloads photos and Fashion-MNIST. LARS
 compensates for the spread of the ratio of both norms. It is measured twice:
 
 - At the first step, as in Table 2 of the LARS paper: BVLC's AlexNet with its

@@ -6,10 +6,11 @@
 Source: Google's reference convergence points in mlcommons/logging,
 rcp_checker/training_4.0.0/rcps_resnet.json. They give the rate, warm-up,
 momentum, weight decay, batch norm span and the number of decay steps. They do
-not say whether the decay steps include the warm-up. The epochs to converge
-decide it: at 32K they include it, for 58 epochs in total; at 8K and 64K they do
-not, for 44 and 89 epochs in total. At 4K both would fit. This recipe includes
-the warm-up there, for 42 epochs in total. A job stops when it reaches 75.9 %.
+not say whether the decay steps include the warm-up. The epochs to converge show
+it. At 32K the decay steps include it, for 58 epochs in total. At 8K and 64K
+they do not, for 44 and 89 epochs in total. At 4K both would fit. This recipe
+includes the warm-up there, for 42 epochs in total. A job stops when it reaches
+75.9 %.
 
 Hardware: a GPU with 16 GB that supports bfloat16. A micro-batch has 64 images
 for batches up to 8K and 128 above; each rank accumulates as many as its share

@@ -6,7 +6,7 @@ Only the cropped part of a JPEG is decoded. Every public function takes
 - `seed`: a stateless seed, a pair of integers;
 - `shape`: the `(height, width, channels)` of the result;
 - `is_jpeg`: True if the caller knows that the image is a JPEG. Defaults to
-  `False`: the function then looks.
+  `False`: the function then checks.
 
 It returns uint8 pixels of that shape.
 """
@@ -185,7 +185,7 @@ def _resize(image, shape):
 
 
 def _flip_if(flip, image):
-    # A slice with a step of -1 would take as long again as the resize.
+    # A slice with a step of -1 would take as long as the resize.
     return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 
 

@@ -100,7 +100,7 @@ def _adds_up(metric):
 
 
 def _leaves(metrics):
-    """Returns the metrics, without the wrapper that `compile` puts around."""
+    """Returns the metrics, without the wrapper that `compile` adds."""
     leaves = []
     for metric in metrics:
         inner = getattr(metric, "metrics", None)

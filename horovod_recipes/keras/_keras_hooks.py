@@ -63,7 +63,7 @@ PRIVATE_NAMES = [
     PrivateName(
         lambda: keras.layers.BatchNormalization(),
         "_moments",
-        "A subclass would be named by saved files, and need Horovod to load.",
+        "Saved files would name a subclass, and need Horovod to load.",
     ),
     PrivateName(
         lambda: keras.callbacks.ModelCheckpoint,

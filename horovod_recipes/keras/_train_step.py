@@ -1,4 +1,4 @@
-"""Training steps that XLA compiles up to the allreduce, which it cannot."""
+"""Training steps that XLA compiles up to the allreduce."""
 
 import warnings
 
