@@ -44,7 +44,7 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 # in public code. The copies call kernels "b" and biases "w", but the norm 1.86
 # of "conv1.b" is that of conv1's kernel: 34,848 numbers with a standard
 # deviation of 0.01. The copies' norms of conv5's bias, 0.16 and 0.0002, do not
-# give its ratio of 69; all other norms give their ratio within 5 %.
+# give its ratio of 69. All other norms give their ratio within 5 %.
 # By these norms the paper's biases start at 0.1 in fc6 and fc7, otherwise at
 # 0.01. BVLC's start at 0 or 0.1.
 PAPER = {
