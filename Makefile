@@ -37,6 +37,8 @@ JOB := timeout --kill-after=10 1800
 TWO_RANKS := $(JOB) $(BIN)/horovodrun --gloo -np 2 $(BIN)/python
 TWO_MPI_RANKS := $(JOB) $(BIN)/horovodrun --mpi -np 2 $(BIN)/python
 PYTEST := $(BIN)/python -m pytest
+# Fixtures of a file stay in one process.
+TWO_AT_A_TIME := --numprocesses=2 --dist=loadfile
 # Where one rank hangs, both print the stacks of their threads, and exit.
 PARALLEL_PYTEST := -m pytest -o faulthandler_exit_on_timeout=true tests/parallel
 TRAIN_DEMO := -m horovod_recipes.train --config=demo --overwrite
@@ -85,8 +87,8 @@ docs: .venv/done
 
 ## unit-tests      test on one rank, with every example of the documents
 unit-tests: .venv/done $(DATA)
-	$(JOB) $(PYTEST)
-	KERAS_BACKEND=jax $(JOB) $(PYTEST) $(ANY_BACKEND_TESTS)
+	$(JOB) $(PYTEST) $(TWO_AT_A_TIME)
+	KERAS_BACKEND=jax $(JOB) $(PYTEST) $(TWO_AT_A_TIME) $(ANY_BACKEND_TESTS)
 
 ## parallel-tests  test the binding and the job on two ranks
 parallel-tests: .venv/done $(DATA)

@@ -39,7 +39,14 @@ setuptools.setup(
         "telemetry": ["matplotlib", "tensorboard"],
         "bench": ["absl-py", "jax", "matplotlib", "optax"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
-        "test": ["jax", "jsonschema", "optax", "pytest", "ruff"],
+        "test": [
+            "jax",
+            "jsonschema",
+            "optax",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -46,7 +46,7 @@ ROOMS = (
 # What happens, in which file, and whether all ranks meet there.
 STEP = (
     ("Read this rank's shard of the images", "data/sources.py", False),
-    ("Decode, crop and flip", "data/augmentations.py", False),
+    ("Decode, crop and flip", "data/decoding.py", False),
     ("Shuffle, batch and prefetch", "data/pipeline.py", False),
     (
         "Forward and backward pass of each micro-batch",

@@ -1,4 +1,4 @@
-"""Turns an encoded image into pixels: decode, crop, resize, flip.
+"""Crops, flips and distorts images at random, for training and evaluation.
 
 Only the cropped part of a JPEG is decoded. Every public function takes
 
@@ -15,6 +15,9 @@ import math
 
 import tensorflow as tf
 
+from horovod_recipes.data.decoding import decode_whole
+from horovod_recipes.data.decoding import decode_window
+
 # Fraction of the height and width that a crop shows.
 # Source: the LARS paper, section 5; He et al., arXiv 1512.03385, section 3.4.
 CROP_FRACTION = 224 / 256
@@ -22,11 +25,7 @@ CROP_FRACTION = 224 / 256
 
 def whole(encoded, seed, shape, is_jpeg=False):
     """Returns the whole image, resized to `shape`."""
-    if is_jpeg:
-        image = tf.io.decode_jpeg(encoded, channels=shape[-1])
-    else:
-        image = _decode_any(encoded, shape)
-    return _resize(image, shape)
+    return decode_whole(encoded, shape, is_jpeg)
 
 
 def random_affine(encoded, seed, shape, is_jpeg=False):
@@ -75,7 +74,7 @@ def minimal(encoded, seed, shape, is_jpeg=False):
         extent = CROP_FRACTION * size
         return tf.concat([[top, left] * (size - extent), extent], axis=0)
 
-    return _flip_if(flip < 0.5, _crop(encoded, window, shape, is_jpeg))
+    return _flip_if(flip < 0.5, decode_window(encoded, window, shape, is_jpeg))
 
 
 def inception(encoded, seed, shape, is_jpeg=False):
@@ -102,7 +101,7 @@ def inception(encoded, seed, shape, is_jpeg=False):
         return tf.concat([begin[:2], extent[:2]], axis=0)
 
     (flip,) = tf.unstack(_uniform(flip_seed, 1))
-    return _flip_if(flip < 0.5, _crop(encoded, window, shape, is_jpeg))
+    return _flip_if(flip < 0.5, decode_window(encoded, window, shape, is_jpeg))
 
 
 def centre_of_scaled(encoded, seed, shape, is_jpeg=False):
@@ -112,7 +111,7 @@ def centre_of_scaled(encoded, seed, shape, is_jpeg=False):
         extent = CROP_FRACTION * size
         return tf.concat([(size - extent) / 2, extent], axis=0)
 
-    return _crop(encoded, window, shape, is_jpeg)
+    return decode_window(encoded, window, shape, is_jpeg)
 
 
 def centre_square(encoded, seed, shape, is_jpeg=False):
@@ -123,7 +122,7 @@ def centre_square(encoded, seed, shape, is_jpeg=False):
         extent = tf.stack([side, side])
         return tf.concat([(size - extent) / 2, extent], axis=0)
 
-    return _crop(encoded, window, shape, is_jpeg)
+    return decode_window(encoded, window, shape, is_jpeg)
 
 
 def _uniform(seed, count):
@@ -132,56 +131,6 @@ def _uniform(seed, count):
     `tf.random.stateless_uniform` gives the same with more operations.
     """
     return tf.raw_ops.StatelessRandomUniform(shape=[count], seed=seed)
-
-
-def _crop(encoded, window, shape, is_jpeg):
-    """Decodes a window of an image, and resizes it to `shape`.
-
-    Args:
-        encoded: See the module.
-        window: Function. It gets the image's height and width, float32 `[2]`,
-            and returns top, left, height and width, float32 or int32 `[4]`.
-        shape: See the module.
-        is_jpeg: See the module.
-    """
-
-    def rounded(size):
-        numbers = tf.cast(window(tf.cast(size, tf.float32)), tf.float32)
-        # Round top and left down. Round height and width to the nearest.
-        numbers += tf.constant([0.0, 0.0, 0.5, 0.5])
-        lowest = tf.constant([0, 0, 1, 1])
-        return tf.maximum(tf.cast(numbers, tf.int32), lowest)
-
-    def crop_jpeg():
-        size = tf.io.extract_jpeg_shape(encoded)[:2]
-        return tf.image.decode_and_crop_jpeg(
-            encoded, rounded(size), channels=shape[-1]
-        )
-
-    def crop_other():
-        image = _decode_any(encoded, shape)
-        top, left, height, width = tf.unstack(rounded(tf.shape(image)[:2]))
-        return image[top : top + height, left : left + width]
-
-    if is_jpeg:
-        image = crop_jpeg()
-    else:
-        # One ImageNet file is a PNG although its name ends in .JPEG.
-        image = tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_other)
-    return _resize(image, shape)
-
-
-def _decode_any(encoded, shape):
-    return tf.io.decode_image(
-        encoded, channels=shape[-1], expand_animations=False
-    )
-
-
-def _resize(image, shape):
-    image.set_shape([None, None, shape[-1]])
-    # Casting to float32 first is faster than resizing uint8.
-    resized = tf.image.resize(tf.cast(image, tf.float32), shape[:2])
-    return tf.cast(resized + 0.5, tf.uint8)
 
 
 def _flip_if(flip, image):

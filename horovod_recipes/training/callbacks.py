@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
-from horovod_recipes.training import workdir as run_folder
+from horovod_recipes.training import checkpoints
 from horovod_recipes.training.failures import raised_on_every_rank
 
 
@@ -76,7 +76,7 @@ class StopOnSigterm(keras.callbacks.Callback):
     def _stop(self, metrics):
         with raised_on_every_rank():
             if hvd.rank() == 0:
-                run_folder.save(
+                checkpoints.save(
                     self._job.workdir,
                     self.model,
                     self._steps_done,
@@ -187,7 +187,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         job, config = self._job, self._job.config
         steps_done = epochs_done * job.size.steps_per_epoch
         if "val_top1" in logs and config.keep_best_checkpoints:
-            run_folder.save_if_best(
+            checkpoints.save_if_best(
                 job.workdir,
                 self.model,
                 steps_done,
@@ -196,7 +196,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
             )
         is_last = epochs_done == config.epochs or self.model.stop_training
         if is_last or epochs_done % config.checkpoint_every_epochs == 0:
-            run_folder.save(
+            checkpoints.save(
                 job.workdir,
                 self.model,
                 steps_done,

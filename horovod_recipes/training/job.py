@@ -14,6 +14,7 @@ from horovod_recipes.configs._check import check_source
 from horovod_recipes.data.pipeline import CorruptImages
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.training import callbacks as job_callbacks
+from horovod_recipes.training import checkpoints
 from horovod_recipes.training import logs
 from horovod_recipes.training import process
 from horovod_recipes.training import workdir as run_folder
@@ -154,7 +155,7 @@ def restore(job, mode):
             if mode == "resume":
                 summary = run_folder.read_summary(job.workdir)
             if mode == "resume" and summary is None:
-                job.steps_done, job.measured = run_folder.restore_latest(
+                job.steps_done, job.measured = checkpoints.restore_latest(
                     job.workdir, job.model
                 )
     job.steps_done, job.measured, summary = hvd.broadcast_object(

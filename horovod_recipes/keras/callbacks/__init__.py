@@ -9,13 +9,13 @@ from horovod_recipes.keras._watchdog import SECONDS_TO_SAY_WHY
 from horovod_recipes.keras._watchdog import Watchdog
 from horovod_recipes.keras._watchdog import is_lost_rank
 from horovod_recipes.keras._watchdog import lost_rank
+from horovod_recipes.keras.callbacks._best_model import BestModelCheckpoint
 from horovod_recipes.keras.callbacks._broadcast import (
     AverageNonTrainableWeights,
 )
 from horovod_recipes.keras.callbacks._broadcast import (
     BroadcastGlobalVariablesCallback,
 )
-from horovod_recipes.keras.callbacks._checkpoint import BestModelCheckpoint
 from horovod_recipes.keras.callbacks._learning_rate import (
     LearningRateScheduleCallback,
 )

@@ -1,0 +1,150 @@
+"""The checkpoints of a run: save, keep the newest and the best, restore.
+
+A checkpoint is a `.keras` file with the optimizer's state. Keras loads it
+without Horovod. A JSON file beside it holds what the job had measured.
+"""
+
+import contextlib
+import json
+import re
+
+import keras
+
+from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
+from keras_lars._files import written_atomically
+
+
+def saved_steps(workdir):
+    """Returns `{updates done: path}` of the run's checkpoints."""
+    steps = {}
+    for path in (workdir / "checkpoints").glob("step-*.keras"):
+        steps[int(re.fullmatch(r"step-(\d+)\.keras", path.name)[1])] = path
+    return steps
+
+
+def restore_latest(workdir, model):
+    """Loads the newest checkpoint into a compiled model.
+
+    Returns:
+        The number of updates done, and the `measured` of `save`. Without a
+        checkpoint these are `(0, {})`.
+
+    Raises:
+        JobError: If the checkpoint is broken, or if its model or optimizer
+            differs.
+    """
+    paths = saved_steps(workdir)
+    if not paths:
+        return 0, {}
+    path = paths[max(paths)]
+    try:
+        saved = keras.saving.load_model(path)
+        measured = json.loads(path.with_suffix(".json").read_text())
+    except Exception as error:
+        raise JobError(
+            f"cannot load {path} ({one_line(error)}); delete it to resume "
+            "from the previous checkpoint"
+        ) from error
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    for kind, ours, theirs in (
+        ("model", model, saved),
+        ("optimizer", optimizer, saved.optimizer),
+    ):
+        if _description(ours) != _description(theirs):
+            raise JobError(
+                f"{path} was saved from another {kind}; resume with the code "
+                "that saved it, or choose another --workdir"
+            )
+    for variable, value in zip(
+        model.weights + optimizer.variables,
+        saved.weights + saved.optimizer.variables,
+        strict=True,
+    ):
+        variable.assign(value)
+    # The job will repeat the later steps and save these files again.
+    for best in (workdir / "best").glob("top1-*-step-*.keras"):
+        if int(best.stem.rpartition("-")[2]) > max(paths):
+            best.unlink()
+    return max(paths), measured
+
+
+def _description(model_or_optimizer):
+    """Returns the properties that must match before a state is loaded."""
+    if isinstance(model_or_optimizer, keras.Model):
+        return [(v.path, v.shape) for v in model_or_optimizer.weights]
+    return keras.saving.serialize_keras_object(model_or_optimizer)
+
+
+def save(workdir, model, steps_done, measured, keep):
+    """Saves a checkpoint, and then deletes all but the newest ones.
+
+    Args:
+        workdir: `pathlib.Path`. The files go to its folder `checkpoints`.
+        model: The compiled model.
+        steps_done: Integer, the updates done.
+        measured: Dict that JSON can hold. `restore_latest` returns it.
+        keep: Integer, the number of newest checkpoints to keep.
+
+    Raises:
+        JobError: If it cannot write. Older checkpoints then stay.
+    """
+    folder = workdir / "checkpoints"
+    path = folder / f"step-{steps_done:08d}.keras"
+    with _cannot_write(path):
+        folder.mkdir(exist_ok=True)
+        _delete_halves(folder)
+        with written_atomically(path.with_suffix(".json")) as part:
+            part.write_text(json.dumps(measured) + "\n")
+        with written_atomically(path) as part:
+            model.save(part)
+    paths = saved_steps(workdir)
+    for old in sorted(paths)[:-keep]:
+        paths[old].unlink()
+        paths[old].with_suffix(".json").unlink(missing_ok=True)
+
+
+def save_if_best(workdir, model, steps_done, top1, keep):
+    """Saves the model in `workdir/best` if its top-1 is one of the best.
+
+    Args:
+        workdir: `pathlib.Path`, the work folder.
+        model: The compiled model.
+        steps_done: Integer, the updates done.
+        top1: Float, the top-1 in percent.
+        keep: Integer, the number of best models to keep.
+
+    Raises:
+        JobError: If it cannot write. Older files then stay.
+    """
+    folder = workdir / "best"
+    path = folder / f"top1-{top1:07.3f}-step-{steps_done:08d}.keras"
+    # The names sort by top-1. Among equal values, the later step wins.
+    best = sorted([*folder.glob("top1-*.keras"), path], reverse=True)[:keep]
+    if path not in best:
+        return
+    with _cannot_write(path):
+        folder.mkdir(exist_ok=True)
+        _delete_halves(folder)
+        with written_atomically(path) as part:
+            model.save(part)
+    for old in set(folder.glob("top1-*.keras")) - set(best):
+        old.unlink()
+
+
+@contextlib.contextmanager
+def _cannot_write(path):
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"cannot write the checkpoint {path}: {error.strerror}; earlier "
+            "checkpoints are intact: free disk space, then use --resume"
+        ) from error
+
+
+def _delete_halves(folder):
+    """Deletes incomplete files that a killed job left."""
+    for path in folder.glob(".part-*"):
+        path.unlink()
