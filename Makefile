@@ -1,5 +1,5 @@
 # What this repository does, on Linux with a Python 3.10 to 3.13, g++ and make:
-# `make help` lists it. The first target makes .venv, with Horovod built in it.
+# `make help` lists it. The first `make demo` or `make test` makes .venv.
 #
 #   make demo PYTHON=python3.12 ARGS='--config.seed=3'
 #   make demo TENSORFLOW='tensorflow[and-cuda]==2.21.0'    TensorFlow for GPUs
@@ -144,12 +144,15 @@ compat: compat-oldest compat-newest
 compat-oldest: REQUIREMENTS := tensorflow-cpu==2.16.2 keras==3.10.0
 compat-newest: REQUIREMENTS := tensorflow-cpu==2.21.0 keras
 compat-oldest compat-newest: .settings
+	@"$(BASE_PYTHON)" -c 'import sys; assert sys.version_info < (3, 13), \
+	  "TensorFlow 2.16 needs an older Python: make compat PYTHON=python3.12"'
 	"$(BASE_PYTHON)" -m venv --clear build/$@
 	build/$@/bin/python -m pip install --quiet $(REQUIREMENTS) pytest
 	build/$@/bin/python -m horovod_recipes.install_horovod
 	$(JOB) build/$@/bin/python -m pytest $(COMPAT_TESTS)
 	$(JOB) build/$@/bin/horovodrun --gloo -np 2 build/$@/bin/python -m pytest \
 	  -o faulthandler_exit_on_timeout=true $(COMPAT_PARALLEL_TESTS)
+	rm -rf build/$@
 
 ## bench           measure speed: 45 minutes on a quiet machine
 bench: .venv/done

@@ -5,6 +5,15 @@ class JobError(Exception):
     """An error whose one-line message says what is wrong and how to fix it."""
 
 
+def missing_package(error):
+    """Returns how to fix a `ModuleNotFoundError` of a command, in one line."""
+    return (
+        f"the package {error.name} is not installed here; activate the "
+        "environment that has it (. .venv/bin/activate), or run: pip install "
+        "'.[recipes]'"
+    )
+
+
 def one_line(error):
     """Returns the message of an error without its line breaks."""
     return " ".join(str(error).split())

@@ -12,53 +12,75 @@ published figures.
 import pathlib
 import sys
 
-from absl import flags
-
 from horovod_recipes._quiet import without_banner
-from horovod_recipes.configs import _flags
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import missing_package
 from horovod_recipes.planning.hardware import HARDWARE
-
-FLAGS = flags.FlagValues()
-_flags.define_config(FLAGS)
-flags.DEFINE_integer(
-    "ranks", None, "The number of ranks, one per device.", 1, flag_values=FLAGS
-)
-flags.DEFINE_string(
-    "hardware",
-    None,
-    f"The hardware to plan for: {', '.join(HARDWARE)}.",
-    FLAGS,
-)
-flags.DEFINE_string(
-    "output", None, "A folder for plan.json and schedule.png.", FLAGS
-)
 
 
 def main(argv):
     """Prints the plan of a command line; returns the exit status."""
-    if "--help" in argv:
-        print(__doc__, FLAGS, sep="")
-        return 0
-    with without_banner():
-        from horovod_recipes.planning.estimate import make_plan
-        from horovod_recipes.planning.page import as_text
-        from horovod_recipes.planning.page import write_plan
-
     try:
-        name = _flags.parse(FLAGS, argv)
-        for flag in ("ranks", "hardware"):
-            if FLAGS[flag].value is None:
-                raise JobError(f"--{flag} is missing: {FLAGS[flag].help}")
-        plan = make_plan(FLAGS.config, FLAGS.ranks, FLAGS.hardware)
+        flags = create_flags()
+        if "--help" in argv:
+            print(__doc__, flags, sep="")
+            return 0
+        name, plan = run(flags, argv)
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
     # Networks and schedules raise TypeError or ValueError for bad arguments.
     except (JobError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    from horovod_recipes.planning.page import as_text
+    from horovod_recipes.planning.page import write_plan
+
     print(as_text(plan, name))
-    if FLAGS.output:
-        write_plan(plan, pathlib.Path(FLAGS.output))
+    if flags.output:
+        write_plan(plan, pathlib.Path(flags.output))
     return 0
+
+
+def create_flags():
+    """Returns the flags of the command line, before they are parsed."""
+    from absl import flags
+
+    from horovod_recipes.configs import _flags
+
+    values = flags.FlagValues()
+    _flags.define_config(values)
+    flags.DEFINE_integer(
+        "ranks",
+        None,
+        "The number of ranks, one per device.",
+        1,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "hardware",
+        None,
+        f"The hardware to plan for: {', '.join(HARDWARE)}.",
+        values,
+    )
+    flags.DEFINE_string(
+        "output", None, "A folder for plan.json and schedule.png.", values
+    )
+    return values
+
+
+def run(flags, argv):
+    """Parses the command line; returns the config's name and the plan."""
+    from horovod_recipes.configs import _flags
+
+    with without_banner():
+        from horovod_recipes.planning.estimate import make_plan
+
+    name = _flags.parse(flags, argv)
+    for flag in ("ranks", "hardware"):
+        if flags[flag].value is None:
+            raise JobError(f"--{flag} is missing: {flags[flag].help}")
+    return name, make_plan(flags.config, flags.ranks, flags.hardware)
 
 
 if __name__ == "__main__":

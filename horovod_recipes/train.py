@@ -11,6 +11,7 @@ import time
 
 from horovod_recipes._quiet import without_banner
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import missing_package
 from horovod_recipes.install_horovod import check_installed
 
 
@@ -22,12 +23,14 @@ def main(argv, callbacks=()):
         callbacks: Your own Keras callbacks, for `train_and_evaluate`.
     """
     try:
-        # Outside of the environment, the imports below would fail.
         check_installed()
+        flags = create_flags()
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    flags = create_flags()
     if "--help" in argv:
         print(__doc__, flags, sep="")
         return 0

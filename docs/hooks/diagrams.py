@@ -25,18 +25,14 @@ ARROW_HEAD = (
     'style="fill:#3f51b5;stroke:none;marker-end:none"/></marker>'
 )
 
-# Each row imports from the rows below it.
+# A room imports from the rows below it.
 ROOMS = (
     (("benchmarks/", "speed and accuracy"), ("examples/", "scripts to copy")),
     (("train.py", "the job, as a command"), ("plan.py", "its time and memory")),
-    (
-        ("training/", "what a job is made of"),
-        ("planning/", "what a job will do"),
-    ),
-    (
-        ("configs/", "recipes"),
-        ("models/", "networks"),
-    ),
+    (("planning/", "what a job will do"),),
+    (("training/", "what a job is made of"),),
+    (("configs/", "recipes"),),
+    (("models/", "networks"),),
     (
         ("data/", "input pipeline"),
         ("keras/", "Horovod for Keras 3"),
@@ -45,9 +41,9 @@ ROOMS = (
 )
 # What happens, in which file, and whether all ranks meet there.
 STEP = (
-    ("Read this rank's shard of the images", "data/sources.py", False),
+    ("Read and shuffle this rank's shard", "data/sources.py", False),
     ("Decode, crop and flip", "data/decoding.py", False),
-    ("Shuffle, batch and prefetch", "data/pipeline.py", False),
+    ("Batch and prefetch", "data/pipeline.py", False),
     (
         "Forward and backward pass of each micro-batch",
         "keras/_train_step.py",

@@ -123,6 +123,12 @@ def _check_combinations(config):
             "model.batch_norm=synchronized; use "
             "model.batch_norm=micro_batch, or xla=False"
         )
+    excluded = config.optimizer.get("exclude_from_layer_adaptation") or ()
+    if config.optimizer_name == "lars" and ".*" in excluded:
+        raise JobError(
+            "optimizer.exclude_from_layer_adaptation leaves LARS no layer to "
+            "adapt; use optimizer_name=sgd"
+        )
     if config.stop_at_target and config.target_top1 is None:
         raise JobError("stop_at_target needs target_top1, in percent")
 

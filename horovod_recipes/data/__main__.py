@@ -12,6 +12,7 @@ import tarfile
 
 from horovod_recipes._quiet import without_banner
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import missing_package
 from horovod_recipes.errors import one_line
 
 
@@ -27,8 +28,12 @@ def main(arguments):
         "--data_dir", help="TFDS's data folder; default: TFDS_DATA_DIR"
     )
     options = parser.parse_args(arguments)
-    with without_banner():
-        from horovod_recipes.data.sources import find_builder
+    try:
+        with without_banner():
+            from horovod_recipes.data.sources import find_builder
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
     try:
         builder = find_builder(options.name, options.data_dir)
         prepare(builder)

@@ -41,7 +41,7 @@ def make_train_function(model, force, plain):
     # XLA would keep the first loss scale of an optimizer without variables.
     if not optimizer.built:
         optimizer.build(model.trainable_variables)
-    # The function keeps both attributes as they are now. XLA goes on compiling
+    # The function keeps both attributes as they are now. XLA still compiles
     # evaluation, which has no operations of Horovod.
     model.train_step = split_train_step(model)
     model.jit_compile = False

@@ -45,7 +45,8 @@ def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
             for a finished run it returns the summary. `"overwrite"` deletes
             the run in `workdir` first.
         callbacks: Your own Keras callbacks. They see the metrics of all ranks.
-            They run before the job checks the weights and saves.
+            They run before the job checks the weights and saves. They may set
+            `model.stop_training` at the end of an epoch, on all ranks.
 
     Returns:
         A dict. On rank 0 it is the contents of `summary.json`. The other ranks
@@ -66,8 +67,8 @@ def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
         finished = restore(job, mode)
         if finished is not None:
             return finished
-        top1, epochs = run(job, watchdog, callbacks)
-        return summarise(job, top1, epochs)
+        top1, epochs, skipped = run(job, watchdog, callbacks)
+        return summarise(job, top1, epochs, skipped)
 
 
 @dataclasses.dataclass
@@ -175,7 +176,8 @@ def run(job, watchdog, callbacks):
     """Trains the rest of the job.
 
     Returns:
-        Top-1 from 0 to 1, and the epochs done over all sessions.
+        Top-1 from 0 to 1, the epochs done over all sessions, and the names of
+        the images that any rank has skipped.
     """
     job.target = job_callbacks.TargetTop1(
         job.config.target_top1, job.config.stop_at_target, job.measured
@@ -208,7 +210,9 @@ def run(job, watchdog, callbacks):
         with warnings.catch_warnings():
             # Keras prints this for every dataset whose length is unknown.
             warnings.filterwarnings("ignore", "Your input ran out of data")
-            return fit_parts(job, watchdog, all_callbacks)
+            top1, epochs = fit_parts(job, watchdog, all_callbacks)
+        skipped = hvd.allgather_object(job.corrupt_images.names)
+        return top1, epochs, set().union(*skipped)
 
 
 def report_callbacks(job):
@@ -243,11 +247,11 @@ def settings_line(job):
 
 
 def fit_parts(job, watchdog, callbacks):
-    """Calls `fit` for each part of the job; returns the results of `run`."""
+    """Calls `fit` for each part of the job; returns top-1 and epochs done."""
     evaluation = job.task.evaluation_dataset()
     top1, epochs = None, job.steps_done // job.size.steps_per_epoch
     for part in parts_of_job(job.size, job.steps_done):
-        if job.target.is_end():
+        if job.target.is_end() or job.model.stop_training:
             break
         top1, epochs = fit(job, part, evaluation, callbacks)
     if top1 is None:
@@ -282,7 +286,12 @@ def parts_of_job(size, steps_done):
 
 
 def fit(job, part, evaluation, callbacks):
-    """Trains one part of the job; returns top-1 and the epochs done."""
+    """Trains one part of the job.
+
+    Returns:
+        Top-1 after the last epoch, or None if it was not evaluated; and the
+        epochs done.
+    """
     epoch, updates_done, end = part
     size = job.size
     micro_batches_done = updates_done * size.accumulation_steps
@@ -302,8 +311,11 @@ def fit(job, part, evaluation, callbacks):
         shuffle=False,
         verbose=1 if hvd.rank() == 0 else 0,
     )
-    top1 = history.history.get("val_top1", [None])[-1]
-    return top1, history.epoch[-1] + 1
+    epochs = history.epoch[-1] + 1
+    if epochs not in evaluation_epochs(job.config):
+        # A callback has stopped training between two evaluations.
+        return None, epochs
+    return history.history["val_top1"][-1], epochs
 
 
 def seed_dropout(model, seed, micro_batches_done):
@@ -327,10 +339,8 @@ def evaluation_epochs(config):
     return sorted({*range(every, config.epochs + 1, every), config.epochs})
 
 
-def summarise(job, top1, epochs):
+def summarise(job, top1, epochs, skipped):
     """Writes the summary on rank 0; returns it on every rank."""
-    with explained():
-        skipped = hvd.allgather_object(job.corrupt_images.names)
     summary = {
         "config": job.name,
         "ranks": job.size.ranks,
@@ -341,7 +351,7 @@ def summarise(job, top1, epochs):
         "expected_top1": job.config.expected_top1,
         "images_per_second": job.throughput.images_per_second(),
         **job.target.measured(),
-        "corrupt_images_skipped": len(set().union(*skipped)),
+        "corrupt_images_skipped": len(skipped),
         "workdir": str(job.workdir),
     }
     with raised_on_every_rank():

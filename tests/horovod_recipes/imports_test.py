@@ -40,6 +40,8 @@ ROOMS_BELOW = {
     },
     f"{RECIPES}.plan": {"_quiet", "configs", "errors", "planning"},
 }
+# The packages import none of the last three.
+PROJECT = ("keras_lars", RECIPES, "benchmarks", "examples", "tests")
 # Both packages share these two, and commands the others.
 SHARED_PRIVATE = (
     "keras_lars._files",
@@ -62,7 +64,7 @@ def imports():
                 elif isinstance(node, ast.ImportFrom):
                     names = [f"{node.module}.{a.name}" for a in node.names]
                 for name in names:
-                    if name.split(".")[0] in ("keras_lars", RECIPES):
+                    if name.split(".")[0] in PROJECT:
                         yield module, name
 
 

@@ -1,6 +1,5 @@
 """Whole jobs from the command line: exit status, printed lines, files."""
 
-import importlib
 import json
 import os
 import re
@@ -54,8 +53,6 @@ TINY = (
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bad_command_line(monkeypatch, capsys, tmp_path, arguments, message):
     """In one process, as importing TensorFlow takes longer than the rest."""
-    # The flags keep their values from one command line to the next.
-    importlib.reload(train)
     # Parsing changes it.
     monkeypatch.setattr(sys, "argv", [])
     # No other rank needs time to say why.

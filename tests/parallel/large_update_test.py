@@ -6,7 +6,6 @@ LARS written out in NumPy. The images are generated and small.
 """
 
 import dataclasses
-import pathlib
 
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from benchmarks._measure import memory_bytes
 from horovod_recipes.configs import resnet50
 from horovod_recipes.planning.estimate import activation_bytes
 from horovod_recipes.training.build import create_network
@@ -96,14 +96,9 @@ def update_of_job(config):
         shuffle=False,
         verbose=0,
     )
-    return Update(size, model, weights_before, calls.calls, peak_memory_mb())
-
-
-def peak_memory_mb():
-    """Returns the most resident memory of this process so far, in MB."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    (line,) = [line for line in status.splitlines() if "VmHWM" in line]
-    return int(line.split()[1]) / 1024
+    return Update(
+        size, model, weights_before, calls.calls, memory_bytes("VmHWM") / 1e6
+    )
 
 
 @pytest.fixture(scope="module")

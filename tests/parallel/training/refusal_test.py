@@ -12,6 +12,7 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
 from horovod_recipes.models.small_cnn import small_cnn
+from horovod_recipes.training.failures import raised_on_every_rank
 from horovod_recipes.training.job import train_and_evaluate
 from tests.parallel.training.tiny_job import assert_refused
 from tests.parallel.training.tiny_job import on_rank_0
@@ -113,6 +114,10 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
         ),
         ({"max_micro_batch_size": 0}, "max_micro_batch_size must be 1 or more"),
         ({"precision": "float8"}, "precision must be one of float32, mixed_"),
+        (
+            {"optimizer.exclude_from_layer_adaptation": [".*"]},
+            "leaves LARS no layer to adapt; use optimizer_name=sgd",
+        ),
         ({"optimizer_name": "adam"}, "optimizer_name must be one of lars, sgd"),
         ({"task": "detection"}, "task must be one of classification"),
         (
@@ -174,6 +179,16 @@ def test_failure_on_one_rank_is_raised_on_all(shared_folder):
         **missing,
     )
     assert os.listdir(shared_folder) == []
+
+
+def test_any_error_on_one_rank_is_raised_on_all():
+    @raised_on_every_rank()
+    def fail_on_rank_1():
+        if hvd.rank() == 1:
+            raise OSError("disk on fire")
+
+    with pytest.raises(JobError, match=r"^on rank 1: OSError: disk on fire$"):
+        fail_on_rank_1()
 
 
 def test_workdir_that_cannot_be_written_to(shared_folder):

@@ -123,6 +123,29 @@ def test_sigterm_at_the_last_step_of_an_epoch(shared_folder):
     assert [row["epoch"] for row in table(workdir)] == ["1", "2"]
 
 
+class StopAfterEpoch(keras.callbacks.Callback):
+    """Ends training as Keras's EarlyStopping does."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self._epoch = epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == self._epoch
+
+
+def test_callback_stops_a_job_that_was_resumed_in_an_epoch(shared_folder):
+    """Its epoch is evaluated, though the config evaluates later ones only."""
+    workdir = shared_folder / "run"
+    with pytest.raises(StoppedBySigterm):
+        run_job(workdir, callbacks=[SigtermToRank1(step=2)])
+    stop = StopAfterEpoch(epoch=0)
+    summary = run_job(workdir, "resume", callbacks=[stop])
+    assert (summary["epochs"], summary["steps"]) == (1, 3)
+    assert 0 < summary["top1"] <= 100
+    assert [row["epoch"] for row in table(workdir)] == ["1"]
+
+
 @pytest.mark.usefixtures("_unlimited_files")
 def test_full_disk_keeps_the_older_checkpoints(shared_folder):
     workdir = shared_folder / "run"
