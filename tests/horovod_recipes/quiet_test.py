@@ -47,11 +47,10 @@ def test_train(tmp_path):
     printed = run_module(
         "horovod_recipes.train", *TINY_JOB, f"--workdir={tmp_path}"
     )
-    # Keras writes an empty line before each epoch.
-    lines = [line for line in printed.splitlines() if line]
-    assert lines[0].startswith("config=demo ranks=1 ")
-    assert lines[1] == "Epoch 1/1"
-    assert lines[-1].startswith('{"config": "demo"')
+    first, *progress, last = printed.splitlines()
+    assert first.startswith("config=demo ranks=1 ")
+    assert "1/3" in "".join(progress)
+    assert last.startswith('{"config": "demo"')
 
 
 def test_plan():
