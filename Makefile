@@ -87,12 +87,12 @@ docs: .venv/done
 
 ## unit-tests      test on one rank, with every example of the documents
 unit-tests: .venv/done $(DATA)
-	$(JOB) $(PYTEST) $(TWO_AT_A_TIME)
+	$(JOB) $(PYTEST) $(TWO_AT_A_TIME) -m 'not slow'
 	KERAS_BACKEND=jax $(JOB) $(PYTEST) $(TWO_AT_A_TIME) $(ANY_BACKEND_TESTS)
 
 ## parallel-tests  test the binding and the job on two ranks
 parallel-tests: .venv/done $(DATA)
-	$(TWO_RANKS) $(PARALLEL_PYTEST)
+	$(TWO_RANKS) $(PARALLEL_PYTEST) -m 'not slow'
 
 ## mpi-tests       test the same under MPI, and whole jobs
 mpi-tests: .venv/done $(DATA)
@@ -103,9 +103,11 @@ else
 	@echo "skipped: no mpicxx (Debian: libopenmpi-dev, openmpi-bin)"
 endif
 
-## job-tests       test whole jobs: killed, resumed; downloads 20 photos
+## job-tests       run slow tests, and whole jobs; downloads 20 photos
 job-tests: .venv/done $(DATA)
 	$(BIN)/python -m benchmarks.photos
+	$(JOB) $(PYTEST) -m slow tests/benchmarks
+	$(TWO_RANKS) $(PARALLEL_PYTEST) -m slow
 	timeout --kill-after=10 3000 $(PYTEST) tests/jobs tests/examples
 
 ## test-cluster    test on two hosts made of network namespaces; needs root

@@ -22,6 +22,8 @@ from benchmarks.study.training import Run
 from benchmarks.study.training import Setting
 from tests.benchmarks.small_data import write_fashion_mnist
 
+pytestmark = pytest.mark.slow
+
 TINY = Setting(
     batches=(256, 512),
     epochs=1,

@@ -35,6 +35,8 @@ from benchmarks.speed import optimizer_step
 from benchmarks.speed import resnet50_gpu
 from benchmarks.study import training
 
+pytestmark = pytest.mark.slow
+
 folder = pathlib.Path(sys.argv[1])
 
 def command(module, *options):

@@ -24,6 +24,8 @@ from horovod_recipes.training.job_size import job_size
 from horovod_recipes.training.tasks import Classification
 from tests.parallel.common import assert_same_on_all_ranks
 
+pytestmark = pytest.mark.slow
+
 IMAGE_SHAPE = (16, 16, 3)
 NUM_CLASSES = 10
 

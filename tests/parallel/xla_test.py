@@ -82,6 +82,7 @@ def state(model):
     return {v.path: v.numpy() for v in variables}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_equals_training_without_xla(passes):
     """The whole state is equal: weights, statistics, seeds, velocities."""
@@ -132,6 +133,7 @@ def test_xla_compiles_all_but_the_optimizer(monkeypatch):
     assert traced == {"layer": {True}, "reduction": {False}}
 
 
+@pytest.mark.slow
 def test_dropout_and_sparse_gradients():
     model = create_model(
         jit_compile=True,
@@ -170,6 +172,7 @@ def create_without_callback(jit_compile="auto"):
     return model
 
 
+@pytest.mark.slow
 def test_default_on_a_gpu_machine_without_the_callback(gpu):
     model = create_without_callback()
     assert model.jit_compile
@@ -204,6 +207,7 @@ def test_default_on_a_gpu_machine_for_a_loaded_model(gpu, shared_folder):
     assert_same_on_all_ranks(model.trainable_variables)
 
 
+@pytest.mark.slow
 def test_default_on_a_gpu_machine_in_an_elastic_job(gpu):
     model = create_model("auto")
     state = hvd.elastic.KerasState(model)
@@ -236,6 +240,7 @@ class OwnStep(keras.Model):
         return super().train_step(data)
 
 
+@pytest.mark.slow
 def test_model_that_cannot_be_split_is_trained_without_xla():
     synchronized = dict(
         layers=[keras.layers.Dense(4), hvd.SyncBatchNormalization(name="bn")]

@@ -147,6 +147,7 @@ def test_job_stops_at_its_target(shared_folder):
     assert resumed["seconds_to_target"] == seconds
 
 
+@pytest.mark.slow
 def test_best_checkpoints_target_and_mlperf_log(shared_folder):
     workdir = shared_folder / "run"
     summary = run_job(
@@ -187,6 +188,7 @@ def test_best_checkpoints_target_and_mlperf_log(shared_folder):
     assert lines[-1].value["metadata"]["status"] == "success"
 
 
+@pytest.mark.slow
 def test_mixed_precision(shared_folder):
     # float16 is slow on CPUs, so the job has one update.
     run_job(
@@ -205,6 +207,7 @@ def test_mixed_precision(shared_folder):
     assert keras.config.dtype_policy().name == "float32"
 
 
+@pytest.mark.slow
 def test_xla_trains_the_same_network(shared_folder):
     weights = {}
     for xla in (False, True):
@@ -229,6 +232,7 @@ def test_xla_trains_the_same_network(shared_folder):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_corrupt_images_are_skipped_and_counted(shared_folder):
     folder = None
     if hvd.rank() == 0:

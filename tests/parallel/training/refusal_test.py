@@ -205,6 +205,7 @@ def test_workdir_that_holds_a_run(finished_copy):
     assert len(table(finished_copy)) == 2
 
 
+@pytest.mark.slow
 def test_workdir_that_holds_other_files_is_never_deleted(shared_folder):
     on_rank_0((shared_folder / "thesis.txt").write_text, "years of work")
     for mode in ("new", "overwrite"):

@@ -105,6 +105,7 @@ def test_sigterm_to_one_rank_saves_and_stops_all(
         )
 
 
+@pytest.mark.slow
 def test_sigterm_at_the_last_step_of_an_epoch(shared_folder):
     """The job first finishes the epoch with its evaluation, and then stops."""
     workdir = shared_folder / "run"
@@ -193,6 +194,7 @@ def test_resume_with_another_model_or_optimizer(interrupted_workdir):
     assert not (interrupted_workdir / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_resume_with_other_keys_that_change_no_result(interrupted_copy):
     changes = {"dataset.corrupt_images": "skip", "keep_checkpoints": 1}
     assert run_job(interrupted_copy, "resume", **changes)["steps"] == 9
