@@ -134,11 +134,17 @@ def test_measured_figures_are_within_their_limits():
     lines = read_result("scaling.json")["Gloo, 2 ranks"]["results"]
     ratios = {line["accumulation"]: line["all_over_apart"] for line in lines}
     assert ratios[8][0] >= 0.95
+    measured = read_result("callbacks.json")["callbacks"]
+    for callback in ("ReplicaCheck", "TrustRatioLogger"):
+        assert measured[callback]["cost_percent"] < 1
 
 
 def test_one_resnet50():
     for result in read_result("allreduce.json").values():
         assert result["variables"] == 161
+    assert read_result("callbacks.json")["variables"] == 161
+    measured = read_result("optimizer_step_cpu.json")["resnet50"]
+    assert measured["variables"] == 161
     assert len(optimizer_step.shapes_of("resnet50")) == 161
 
 

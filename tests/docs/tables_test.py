@@ -56,8 +56,8 @@ def sentences_on_accuracy():
     yield (
         page,
         f"It is {points[1024]} points above the better SGD at 1,024, "
-        f"{points[4096]} at 4,096, {points[8192]} at 8,192, "
-        f"{points[16384]} at 16,384 and {points[32768]} at 32,768",
+        f"{points[4096]} at 4,096 and {points[8192]} at 8,192. At 16,384 it "
+        f"is {points[16384]} points above, and {points[32768]} at 32,768.",
     )
     points = {batch: f"{ahead(row):.1f}" for batch, row in normed.items()}
     yield (
