@@ -14,6 +14,8 @@ from benchmarks.speed import resnet50_gpu
 from horovod_recipes.planning.hardware import HARDWARE
 from tests.benchmarks.small_data import write_fashion_mnist
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = '''
 import sys
 
@@ -34,8 +36,6 @@ import numpy as np
 from benchmarks.speed import optimizer_step
 from benchmarks.speed import resnet50_gpu
 from benchmarks.study import training
-
-pytestmark = pytest.mark.slow
 
 folder = pathlib.Path(sys.argv[1])
 
