@@ -82,6 +82,8 @@ def random_crop(path, rng):
     return tf.io.encode_jpeg(tf.cast(image, tf.uint8)).numpy()
 
 
+# Keras prints this for every dataset whose length is unknown.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_from_tars_to_top1(data_dir, tmp_path):
     config = tmp_path / "small_resnet.py"
     config.write_text(SMALL_RESNET)
