@@ -156,7 +156,7 @@ compat-oldest compat-newest: .settings
 	  -o faulthandler_exit_on_timeout=true $(COMPAT_PARALLEL_TESTS)
 	rm -rf build/$@
 
-## bench           measure speed: 45 minutes on a quiet machine
+## bench           measure speed, on a machine that does nothing else
 bench: .venv/done
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps "$(TIMM)"

@@ -3,8 +3,8 @@
     python -m benchmarks.report
     python -m benchmarks.report --page_only
 
-The first command takes 45 minutes on 2 cores, which should do nothing else. The
-second one only writes the page again. docs/results/report.md has each
+The first command needs a machine that does nothing else. The second one only
+writes the page again. docs/results/report.md has each
 benchmark's question, command, machine, table and figure, from its JSON file.
 Benchmarks of MPI need a Horovod built with MPI.
 """

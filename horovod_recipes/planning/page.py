@@ -7,6 +7,7 @@ import matplotlib.figure
 import numpy as np
 
 from horovod_recipes.planning.estimate import FEWEST_BATCH_NORM_IMAGES
+from keras_lars._files import written_atomically
 
 
 def as_text(plan, name):
@@ -119,11 +120,13 @@ def duration(seconds):
 def write_plan(plan, folder):
     """Writes plan.json, and a plot of the schedule to schedule.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    with written_atomically(folder / "plan.json") as part:
+        part.write_text(json.dumps(plan, indent=1) + "\n")
     figure = matplotlib.figure.Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(plan["schedule"]["steps"], plan["schedule"]["learning_rates"])
     axes.set_xlabel("step (update)")
     axes.set_ylabel("learning rate")
     axes.grid(alpha=0.3)
-    figure.savefig(folder / "schedule.png", dpi=120)
+    with written_atomically(folder / "schedule.png") as part:
+        figure.savefig(part, dpi=120)

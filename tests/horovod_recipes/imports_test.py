@@ -27,6 +27,7 @@ ROOMS_BELOW = {
         "configs",
         "data",
         "errors",
+        "keras_lars",
         "models",
         "training",
     },
