@@ -82,7 +82,8 @@ def test_help_says_what_how_long_and_where(module, monkeypatch, capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert module.__doc__.splitlines()[0] in text
-    assert "minute" in text
+    # Nobody has timed all benchmarks together.
+    assert "minute" in text or module is report
     assert "docs/results/" in text
 
 
