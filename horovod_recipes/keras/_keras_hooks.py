@@ -8,6 +8,7 @@ import functools
 import typing
 from collections.abc import Callable
 
+import horovod.common.elastic
 import keras
 import tensorflow as tf
 from horovod.common.elastic import State
@@ -22,7 +23,6 @@ __all__ = [
     "copy_recording",
     "install",
     "is_seed",
-    "layers_of",
     "moments_of",
     "notification_manager",
     "replace_moments",
@@ -56,11 +56,6 @@ PRIVATE_NAMES = [
         "Patched: compile() makes one, and nothing else sees it.",
     ),
     PrivateName(
-        lambda: keras.Model,
-        "_flatten_layers",
-        "Model.layers leaves out the layers inside of layers.",
-    ),
-    PrivateName(
         lambda: keras.layers.BatchNormalization(),
         "_moments",
         "Saved files would name a subclass, and need Horovod to load.",
@@ -79,6 +74,21 @@ PRIVATE_NAMES = [
         lambda: _built(keras.optimizers.RMSprop(momentum=0.9)),
         "_momentums",
         "SGD has a public list of its velocities, RMSprop does not.",
+    ),
+    PrivateName(
+        lambda: tf.GradientTape(),
+        "_tape",
+        "DistributedGradientTape takes over the recording of another tape.",
+    ),
+    PrivateName(
+        lambda: horovod.common.elastic,
+        "State",
+        "Horovod's own KerasState, which extends it, fails on Keras 3.",
+    ),
+    PrivateName(
+        lambda: horovod.common.elastic,
+        "notification_manager",
+        "Tells a state of new hosts. Horovod's own `run` uses it.",
     ),
     PrivateName(
         lambda: control_flow_util,
@@ -133,11 +143,6 @@ class Checkpoint(keras.callbacks.ModelCheckpoint):
 
     def _save_model(self, epoch, batch, logs):
         self.save(epoch, batch, logs)
-
-
-def layers_of(model):
-    """Returns all layers of a model, at any depth."""
-    return list(model._flatten_layers())
 
 
 def moments_of(layer):

@@ -6,8 +6,6 @@ import keras
 import tensorflow as tf
 
 from horovod_recipes.keras._distributed_apply import is_distributed
-from horovod_recipes.keras._keras_hooks import layers_of
-from horovod_recipes.keras.layers import is_synchronized
 
 
 def make_train_function(model, force, plain):
@@ -62,9 +60,6 @@ def obstacle_to_xla(model):
     train_step = getattr(model.train_step, "__func__", None)
     if train_step is not keras.Model.train_step:
         return "it has a train_step of its own"
-    for layer in layers_of(model):
-        if is_synchronized(layer):
-            return f"its layer {layer.name!r} needs an allreduce in the step"
     return None
 
 

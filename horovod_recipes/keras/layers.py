@@ -36,14 +36,10 @@ def SyncBatchNormalization(fused=False, **arguments):
         )
     layer = keras.layers.BatchNormalization(**arguments)
     replace_moments(layer, _MomentsOfAllRanks(layer))
+    # XLA cannot compile Horovod's operations: Keras then compiles the model
+    # without XLA, with a warning where the user asked for it.
+    layer.supports_jit = False
     return layer
-
-
-def is_synchronized(layer):
-    """Whether the layer came from `SyncBatchNormalization`."""
-    return isinstance(layer, keras.layers.BatchNormalization) and isinstance(
-        moments_of(layer), _MomentsOfAllRanks
-    )
 
 
 class _MomentsOfAllRanks:

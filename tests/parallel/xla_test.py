@@ -242,21 +242,32 @@ class OwnStep(keras.Model):
 
 @pytest.mark.slow
 def test_model_that_cannot_be_split_is_trained_without_xla():
-    synchronized = dict(
-        layers=[keras.layers.Dense(4), hvd.SyncBatchNormalization(name="bn")]
-    )
-    for arguments, reason in (
-        (synchronized, "its layer 'bn' needs an allreduce"),
-        (dict(model_class=OwnStep), "it has a train_step of its own"),
-    ):
-        model = create_model(jit_compile=True, **arguments)
-        with pytest.warns(UserWarning, match=reason):
-            fit(model)
-        assert not model.jit_compile
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            fit(model)
-        assert_same_on_all_ranks(model.trainable_variables)
+    model = create_model(jit_compile=True, model_class=OwnStep)
+    with pytest.warns(UserWarning, match="it has a train_step of its own"):
+        fit(model)
+    assert_trains_without_xla(model)
+
+
+@pytest.mark.slow
+def test_synchronized_batch_norm_is_trained_without_xla():
+    layers = [keras.layers.Dense(4), hvd.SyncBatchNormalization()]
+    with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
+        model = create_model(jit_compile=True, layers=layers)
+    assert_trains_without_xla(model)
+
+
+@pytest.mark.slow
+def test_default_on_a_gpu_machine_for_synchronized_batch_norm(gpu):
+    layers = [keras.layers.Dense(4), hvd.SyncBatchNormalization()]
+    assert_trains_without_xla(create_model("auto", layers=layers))
+
+
+def assert_trains_without_xla(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model)
+    assert not model.jit_compile
+    assert_same_on_all_ranks(model.trainable_variables)
 
 
 def test_horovod_inside_xla_is_a_clear_error_on_every_rank():

@@ -1,10 +1,13 @@
 """What the binding reaches for inside Keras and TensorFlow, and when."""
 
+import ast
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+import horovod_recipes.keras
 from horovod_recipes.keras._keras_hooks import PRIVATE_NAMES
 
 
@@ -13,6 +16,25 @@ from horovod_recipes.keras._keras_hooks import PRIVATE_NAMES
 )
 def test_this_version_has_the_private_name(owner, name, why):
     assert hasattr(owner(), name), f"{owner()!r} lacks {name}. {why}"
+
+
+def test_list_is_complete():
+    """Every `object._name` of this folder is its own, or is in the list."""
+    used = set()
+    own = {"_exit", "_current_frames"}  # Python documents these two.
+    for file in pathlib.Path(horovod_recipes.keras.__file__).parent.rglob(
+        "*.py"
+    ):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                is_set = isinstance(node.ctx, ast.Store)
+                (own if is_set else used).add(node.attr)
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                own.update(alias.name for alias in node.names)
+    private = {name for name in used - own if name[0] == "_" != name[1]}
+    assert private <= {name for _, name, _ in PRIVATE_NAMES}
 
 
 def test_keras_is_patched_once_and_only_when_needed():
