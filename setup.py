@@ -37,7 +37,7 @@ setuptools.setup(
         "demo": ["mlxtend"],
         # For keras_lars.callbacks.TrustRatioLogger, beside TensorFlow.
         "telemetry": ["matplotlib", "tensorboard"],
-        "bench": ["absl-py", "jax", "matplotlib", "optax"],
+        "bench": ["jax", "matplotlib", "optax"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             "jax",

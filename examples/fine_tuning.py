@@ -11,7 +11,7 @@ from keras import layers
 import horovod_recipes.data.datasets  # noqa: F401  registers mnist5k
 import horovod_recipes.keras as hvd
 
-hvd.init()
+hvd.init()  # With GPUs, choose one per rank, as horovod_fit.py does.
 base = keras.applications.ResNet50V2(
     input_shape=(32, 32, 3),
     include_top=False,
@@ -37,7 +37,7 @@ def load_shard(split):
 
 for phase, rate in (("frozen", 0.01), ("whole", 0.001)):
     features.trainable = phase == "whole"
-    # Keras reads `trainable` when it compiles, so each phase compiles anew.
+    # Keras reads `trainable` when it compiles, so each phase compiles again.
     model.compile(
         optimizer=hvd.DistributedOptimizer(keras.optimizers.Adam(rate)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -13,7 +13,7 @@ import horovod_recipes.data.datasets  # noqa: F401  registers mnist5k
 import horovod_recipes.keras as hvd
 from keras_lars import LARS
 
-hvd.init()
+hvd.init()  # With GPUs, choose one per rank, as horovod_fit.py does.
 inputs = keras.Input((28, 28, 1))
 x = layers.Rescaling(1 / 127.5, offset=-1)(inputs)
 x = layers.Conv2D(16, 3, strides=2, activation="relu")(x)

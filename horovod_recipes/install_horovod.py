@@ -78,13 +78,8 @@ def main(arguments):
         check_machine()
         if "--check" not in arguments:
             install(gpu="--gpu" in arguments)
-    except InstallError as error:
+    except (InstallError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"error: {error}; is the disk full or read-only?", file=sys.stderr
-        )
         return 1
     return 0
 

@@ -25,7 +25,7 @@ class TrustRatioLogger(keras.callbacks.Callback):
         ratios for each variable, named by its path. Ratios have no unit. Each
         row is on disk once it is recorded. A `fit` that begins at a step above
         0, as in a resumed job, keeps the rows up to that step and appends to
-        them. If they belong to other variables, the table starts anew.
+        them. If they belong to other variables, a new table starts.
     - TensorBoard events, one file per `fit`: scalars `trust_ratio/<path>` and
         a histogram `log10_trust_ratio` over all variables.
     - `trust_ratios.png`, when training ends: the whole table as a heat map. A

@@ -17,7 +17,7 @@ def start(threads=1, **arguments):
     Returns:
         A context for all collectives: the watchdog that a job has, too.
     """
-    # TensorFlow warns that each function traces anew.
+    # TensorFlow warns that each function traces again.
     tf.get_logger().setLevel("ERROR")
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)

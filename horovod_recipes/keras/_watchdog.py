@@ -267,7 +267,7 @@ def tracked(collective):
     """Returns the collective, with counters that the watchdog reads.
 
     Args:
-        collective: A function of a list of tensors, of which some may be None.
+        collective: A function of a list of tensors. Some may be None.
             It returns such a list when all ranks have called it.
     """
 

@@ -116,7 +116,7 @@ TABLES = {
 
 
 def with_tables(text):
-    """Returns the text of a document with all its tables made anew."""
+    """Returns the text of a document with all its tables made again."""
     return MARKED.sub(
         lambda match: f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n",
         text,

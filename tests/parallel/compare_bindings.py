@@ -22,7 +22,7 @@ from tests.parallel.promises import PROMISES
 RESULTS = pathlib.Path("docs/results/upstream_binding.json")
 HOROVODRUN = pathlib.Path(sys.executable).with_name("horovodrun")
 # Seconds that a trial may take.
-TIME_LIMIT_SECONDS = 90
+TIME_LIMIT_S = 90
 # Exit statuses of `timeout` when a job has reached its limit.
 TIMED_OUT = (124, 137)
 
@@ -70,7 +70,7 @@ def tried(promise, binding):
     """Returns whether two ranks keep a promise, and what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         job = subprocess.run(
-            ["timeout", "--kill-after=10", str(TIME_LIMIT_SECONDS)]
+            ["timeout", "--kill-after=10", str(TIME_LIMIT_S)]
             + [HOROVODRUN, "--gloo", "-np", "2", sys.executable]
             + ["-m", "tests.parallel.compare_bindings"]
             + ["--on-this-rank", promise, binding, folder],
@@ -90,7 +90,7 @@ def tried(promise, binding):
     if job.returncode in TIMED_OUT:
         return {
             "kept": False,
-            "text": f"hangs: no end within {TIME_LIMIT_SECONDS} s",
+            "text": f"hangs: no end within {TIME_LIMIT_S} s",
         }
     raise RuntimeError(f"{promise}, {binding}:\n{job.stdout}\n{job.stderr}")
 
