@@ -108,7 +108,7 @@ class Watchdog(keras.callbacks.Callback):
         self._asked = False
         self._stop = threading.Event()
         self._rank = hvd.rank()
-        self._peers = _Peers(hvd.rank(), hvd.size())
+        self._peers = Peers(hvd.rank(), hvd.size())
         self._main = threading.get_ident()
         self._thread = threading.Thread(
             target=self._watch, name="watchdog", daemon=True
@@ -212,7 +212,7 @@ class Watchdog(keras.callbacks.Callback):
         """Returns where the main thread is, outside of library code."""
         frames = self._frames()
         own = next(
-            (f for f in frames if not _is_library(f.f_code.co_filename)),
+            (f for f in frames if not is_library(f.f_code.co_filename)),
             frames[0],
         )
         code = own.f_code
@@ -231,7 +231,7 @@ class Watchdog(keras.callbacks.Callback):
         return frames
 
 
-def _is_library(path):
+def is_library(path):
     in_standard_library = path.startswith(STANDARD_LIBRARY)
     return path.startswith(LIBRARIES) or (
         in_standard_library and not INSTALLED.search(path)
@@ -303,7 +303,7 @@ class _Collectives:
         self.left.assign(0)
 
 
-class _Peers:
+class Peers:
     """The messages between ranks through the server of `horovodrun`.
 
     Each rank writes its own beats and reads those of the next rank. It writes a

@@ -64,7 +64,7 @@ def _alone(monkeypatch):
 def dog_of_rank(rank, size):
     dog = Watchdog()
     dog._rank, dog._steps = rank, 0
-    dog._peers = _watchdog._Peers(rank, size)
+    dog._peers = _watchdog.Peers(rank, size)
     return dog
 
 
@@ -72,13 +72,13 @@ def dog_of_rank(rank, size):
 def test_names_a_silent_rank_in_a_job_of_any_size(server, monkeypatch, size):
     monkeypatch.setattr(_watchdog, "time", Clock())
     dog = dog_of_rank(0, size)
-    _watchdog._Peers(1, size).beat(steps=7)
+    _watchdog.Peers(1, size).beat(steps=7)
     assert dog.lost_rank().startswith(
         f"rank 1 on {HOST} is lost: nothing has been heard of it for "
     )
     assert "after step 7 of its training" in dog.lost_rank()
     # All other ranks know it too.
-    last = _watchdog._Peers(size - 1, size)
+    last = _watchdog.Peers(size - 1, size)
     last.beat(steps=7)
     assert last.find_problem() == dog._peers.find_problem()
     # A rank that ends with an error waits until all ranks have read it.
@@ -92,7 +92,7 @@ def test_names_no_rank_that_lives(server, monkeypatch, size):
     """One of its beats is lost, and the next one is a second late."""
     clock = Clock()
     monkeypatch.setattr(_watchdog, "time", clock)
-    peers, other = (_watchdog._Peers(rank, size) for rank in (0, 1))
+    peers, other = (_watchdog.Peers(rank, size) for rank in (0, 1))
     other.beat(steps=1)
     peers.beat(steps=1)
     clock.sleep(2 * peers.period + 1)
@@ -131,7 +131,7 @@ def test_survivor_does_not_say_that_it_failed(server, wrapped):
 
     with pytest.raises(Exception, match=r"reset by peer|a disk"):
         fail()
-    other = _watchdog._Peers(1, 2)
+    other = _watchdog.Peers(1, 2)
     other.beat(steps=0)
     assert other.find_problem() is None
 
@@ -176,8 +176,8 @@ def test_installed_packages_are_no_libraries():
     standard = pathlib.Path(os.__file__).parent
     for folder in ("site-packages", "dist-packages"):
         path = standard / folder / "theirs" / "model.py"
-        assert not _watchdog._is_library(str(path))
+        assert not _watchdog.is_library(str(path))
     keras_lars = pathlib.Path(keras.__file__).parent.with_name("keras_lars")
-    assert not _watchdog._is_library(str(keras_lars / "lars.py"))
+    assert not _watchdog.is_library(str(keras_lars / "lars.py"))
     for module in (threading, keras, tf):
-        assert _watchdog._is_library(module.__file__)
+        assert _watchdog.is_library(module.__file__)
