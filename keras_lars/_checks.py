@@ -1,29 +1,57 @@
 """Checks of arguments: each error names the argument, the rule, the value."""
 
 import difflib
+import gc
 import math
+import numbers
 import os
 import re
+
+import keras
+import numpy as np
+
+from keras_lars._paths import path_of
 
 MOMENTUM_STYLES = ("paper", "pytorch", "popular")
 TRUST_RATIO_NORMS = ("separate", "joint")
 
 
-def check_lars(optimizer, exclusions):
-    """Raises where an attribute or an exclusion list of a LARS is wrong."""
-    check_number("momentum", optimizer.momentum, below=1)
-    check_number("weight_decay", optimizer.weight_decay)
-    check_number(
-        "trust_coefficient", optimizer.trust_coefficient, positive=True
-    )
-    check_number("epsilon", optimizer.epsilon)
-    check_number("unadapted_scale", optimizer.unadapted_scale)
-    for name in ("nesterov", "trust_clip", "jit_compile"):
-        check_bool(name, getattr(optimizer, name))
+# The range of each argument of LARS that is a number.
+NUMBERS = {
+    "momentum": {"below": 1},
+    "weight_decay": {},
+    "trust_coefficient": {"positive": True},
+    "epsilon": {},
+    "unadapted_scale": {},
+}
+SWITCHES = ("nesterov", "trust_clip", "jit_compile")
+EXCLUSIONS = ("exclude_from_layer_adaptation", "exclude_from_weight_decay")
+
+
+def checked(name, value):
+    """Returns the value of one argument of LARS, checked by itself.
+
+    A number becomes a Python number, which a saved file can hold. No weight
+    decay may also be None, as for Keras's optimizers.
+    """
+    if name == "weight_decay" and value is None:
+        return 0.0
+    if name in NUMBERS:
+        return check_number(name, value, **NUMBERS[name])
+    if name in SWITCHES:
+        check_bool(name, value)
+    elif name == "momentum_style":
+        check_choice(name, value, MOMENTUM_STYLES)
+    elif name == "trust_ratio_norm" and value is not None:
+        check_choice(name, value, TRUST_RATIO_NORMS)
+    elif name in EXCLUSIONS:
+        check_patterns(name, value)
+    return value
+
+
+def check_together(optimizer):
+    """Raises where two arguments of a LARS do not fit together."""
     style, norm = optimizer.momentum_style, optimizer.trust_ratio_norm
-    check_choice("momentum_style", style, MOMENTUM_STYLES)
-    if norm is not None:
-        check_choice("trust_ratio_norm", norm, TRUST_RATIO_NORMS)
     if style == "popular" and norm == "separate":
         raise ValueError(
             'Argument `trust_ratio_norm` must be "joint" or None when '
@@ -35,14 +63,11 @@ def check_lars(optimizer, exclusions):
             "Argument `momentum` must be above 0 when `nesterov` is True. "
             f"Received: momentum={optimizer.momentum}"
         )
-    for name, patterns in exclusions.items():
-        check_patterns(name, patterns)
 
 
-def check_keras_arguments(learning_rate, arguments):
-    """Raises where an argument that Keras does not check is out of range."""
-    if isinstance(learning_rate, float):
-        check_number("learning_rate", learning_rate)
+def checked_keras_arguments(arguments):
+    """Returns the arguments, where Keras does not check the range of all."""
+    arguments = dict(arguments)
     for name in (
         "clipnorm",
         "clipvalue",
@@ -50,10 +75,19 @@ def check_keras_arguments(learning_rate, arguments):
         "loss_scale_factor",
     ):
         if arguments.get(name) is not None:
-            check_number(name, arguments[name], positive=True)
+            value = arguments[name]
+            arguments[name] = check_number(name, value, positive=True)
     name = "gradient_accumulation_steps"
     if arguments.get(name) is not None:
         check_integer(name, arguments[name], at_least=2)
+    return arguments
+
+
+def checked_learning_rate(learning_rate):
+    """Returns a number as the float that Keras wants; a schedule unchanged."""
+    if callable(learning_rate):
+        return learning_rate
+    return float(check_number("learning_rate", learning_rate))
 
 
 def check_not_wrapped_by_horovod(optimizer):
@@ -67,26 +101,40 @@ def check_not_wrapped_by_horovod(optimizer):
         )
 
 
-def check_range(name, value, below=math.inf, positive=False):
-    """Raises unless the number is finite, not negative and under `below`."""
+def check_number(name, value, below=math.inf, positive=False):
+    """Returns the Python number in a number, NumPy number or tensor of one.
+
+    Raises:
+        ValueError: Unless it is finite, not negative and under `below`.
+    """
     rule = "above 0" if positive else "0 or more"
     if below < math.inf:
         rule += f" and below {below}"
-    if not (value > 0 if positive else value >= 0) or not value < below:
+    number = _python_number(value)
+    if number is None or not (
+        (number > 0 if positive else number >= 0) and number < below
+    ):
         raise ValueError(
             f"Argument `{name}` must be a finite number {rule}. "
             f"Received: {name}={value!r}"
         )
+    return number
 
 
-def check_number(name, value, **limits):
-    """Checks the range and the type, which JSON must be able to hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(
-            f"Argument `{name}` must be a Python number. "
-            f"Received: {name}={value!r}"
-        )
-    check_range(name, value, **limits)
+def _python_number(value):
+    """Returns an int or a float, or None for anything else."""
+    if isinstance(value, keras.Variable):
+        # It would not follow the variable.
+        return None
+    if not isinstance(value, numbers.Real):
+        try:
+            value = np.asarray(value)[()]
+        except Exception:  # A symbolic tensor has no value.
+            return None
+    if isinstance(value, np.number):
+        value = value.item()
+    is_number = type(value) in (int, float)
+    return value if is_number else None
 
 
 def check_integer(name, value, at_least):
@@ -147,15 +195,28 @@ def check_patterns(name, patterns):
 
 
 def check_patterns_match(exclusions, variables):
-    """Raises where a pattern matches no variable, so that it has no effect."""
-    paths = [variable.path for variable in variables]
+    """Raises where a pattern matches no variable, so that it has no effect.
+
+    One list serves both phases of fine-tuning: a pattern may match only frozen
+    variables, which an optimizer is not told of.
+    """
+    paths = [path_of(variable) for variable in variables]
     for name, patterns in exclusions.items():
         for pattern in patterns or []:
             if any(re.search(pattern, path) for path in paths):
                 continue
+            if any(re.search(pattern, path) for path in _frozen_paths()):
+                continue
             near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0.0)
             raise ValueError(
                 f"Argument `{name}` has a pattern that matches no variable's "
-                f"path. The nearest paths are: {', '.join(near)}. "
-                f"Received: {pattern!r}"
+                "path, neither of a trained one nor of a frozen one. The "
+                f"nearest paths are: {', '.join(near)}. Received: {pattern!r}"
             )
+
+
+def _frozen_paths():
+    """Yields the paths of the Keras variables that are not trained."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), keras.Variable) and not thing.trainable:
+            yield thing.path

@@ -8,6 +8,7 @@ from keras import ops
 from keras_lars import _checks
 from keras_lars import _tensorflow
 from keras_lars._paths import is_excluded
+from keras_lars._paths import path_of
 from keras_lars._paths import unique_paths
 
 
@@ -130,14 +131,11 @@ class LARS(keras.optimizers.Optimizer):
         **kwargs,
     ):
         _checks.check_not_wrapped_by_horovod(self)
-        if type(learning_rate) is int:
-            learning_rate = float(learning_rate)
-        _checks.check_keras_arguments(learning_rate, kwargs)
         super().__init__(
-            learning_rate=learning_rate,
+            learning_rate=_checks.checked_learning_rate(learning_rate),
             weight_decay=weight_decay,
             name=name,
-            **kwargs,
+            **_checks.checked_keras_arguments(kwargs),
         )
         self.momentum = momentum
         self.nesterov = nesterov
@@ -150,16 +148,35 @@ class LARS(keras.optimizers.Optimizer):
         self.jit_compile = jit_compile
         self.exclude_from_layer_adaptation = exclude_from_layer_adaptation
         # Keras's optimizers have a method named `exclude_from_weight_decay`.
-        self._decay_exclusions = exclude_from_weight_decay
-        _checks.check_lars(self, self._exclusions())
+        self._decay_exclusions = _checks.checked(
+            "exclude_from_weight_decay", exclude_from_weight_decay
+        )
+        _checks.check_together(self)
+        self._is_from_config = False
         self._xla_is_possible = _tensorflow.xla_is_possible()
         self._compiled_update = None
+
+    def __setattr__(self, name, value):
+        """Checks an argument, also one that is set after the first step.
+
+        A new value takes effect in the next step. A compiled step takes it over
+        when it is compiled again.
+        """
+        value = _checks.checked(name, value)
+        if name in _checks.EXCLUSIONS and getattr(self, "built", False):
+            raise ValueError(
+                f"Argument `{name}` cannot change after the first step. Pass "
+                "it to a new optimizer."
+            )
+        super().__setattr__(name, value)
 
     def build(self, variables):
         """Creates a velocity and a trust ratio for each model variable."""
         if self.built:
             return
-        _checks.check_patterns_match(self._exclusions(), variables)
+        # A process may load a file without the frozen layers of its network.
+        if not self._is_from_config:
+            _checks.check_patterns_match(self._exclusions(), variables)
         super().build(variables)
         self._velocities = self.add_optimizer_variables(variables, "velocity")
         self._unique_paths = unique_paths(variables)
@@ -171,15 +188,13 @@ class LARS(keras.optimizers.Optimizer):
                 (),
                 initializer="ones",
                 dtype="float32",
-                name=f"{variable.path.replace('/', '_')}_trust_ratio",
+                name=f"{path_of(variable).replace('/', '_')}_trust_ratio",
             )
             for variable in variables
         ]
-        self._weight_decays = [
-            0.0
-            if is_excluded(variable, self._decay_exclusions)
-            or not self._use_weight_decay(variable)
-            else self.weight_decay
+        self._is_decayed = [
+            not is_excluded(variable, self._decay_exclusions)
+            and self._use_weight_decay(variable)
             for variable in variables
         ]
 
@@ -192,7 +207,7 @@ class LARS(keras.optimizers.Optimizer):
         w = ops.cast(variable, dtype)
         v = ops.cast(velocity, dtype)
         m = self.momentum
-        b = self._weight_decays[index]
+        b = self.weight_decay if self._is_decayed[index] else 0.0
         d = g + b * w if b else g
 
         if self.momentum_style == "popular":
@@ -273,6 +288,7 @@ class LARS(keras.optimizers.Optimizer):
 
     # `_keras_names.py` says why each of the following overrides is needed.
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        _checks.check_together(self)
         learning_rate = ops.cast(learning_rate, "float32")
         if not (self.jit_compile and self._xla_is_possible):
             super()._backend_update_step(
@@ -282,13 +298,35 @@ class LARS(keras.optimizers.Optimizer):
         if self._compiled_update is None:
             self._compiled_update = _tensorflow.compiled(self._update_variables)
         indices = [self._get_variable_index(v) for v in trainable_variables]
-        self._compiled_update(indices, grads, learning_rate)
+        self._compiled_update(
+            indices, grads, learning_rate, self._hyper_parameters()
+        )
 
-    def _update_variables(self, indices, grads, learning_rate):
-        """Updates the variables at `indices`, which are Python integers."""
+    def _update_variables(
+        self, indices, grads, learning_rate, hyper_parameters
+    ):
+        """Updates the variables at `indices`, which are Python integers.
+
+        New `hyper_parameters` make TensorFlow compile this again.
+        """
         for index, grad in zip(indices, grads, strict=True):
             variable = self._trainable_variables[index]
-            self.update_step(grad, variable.value, learning_rate)
+            if isinstance(variable, keras.Variable):
+                variable = variable.value
+            self.update_step(grad, variable, learning_rate)
+
+    def _hyper_parameters(self):
+        return {
+            "weight_decay": self.weight_decay,
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "trust_coefficient": self.trust_coefficient,
+            "epsilon": self.epsilon,
+            "trust_ratio_norm": self.trust_ratio_norm,
+            "momentum_style": self.momentum_style,
+            "trust_clip": self.trust_clip,
+            "unadapted_scale": self.unadapted_scale,
+        }
 
     def _get_current_learning_rate(self):
         schedule = self._learning_rate
@@ -308,18 +346,18 @@ class LARS(keras.optimizers.Optimizer):
         }
 
     def get_config(self):
-        return super().get_config() | {
-            "momentum": self.momentum,
-            "nesterov": self.nesterov,
-            "trust_coefficient": self.trust_coefficient,
-            "epsilon": self.epsilon,
-            "trust_ratio_norm": self.trust_ratio_norm,
-            "momentum_style": self.momentum_style,
-            "trust_clip": self.trust_clip,
-            "unadapted_scale": self.unadapted_scale,
-            "jit_compile": self.jit_compile,
+        return {
+            **super().get_config(),
+            **self._hyper_parameters(),
             **self._exclusions(),
+            "jit_compile": self.jit_compile,
         }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        optimizer = super().from_config(config, custom_objects)
+        optimizer._is_from_config = True
+        return optimizer
 
 
 def _norm(x, size):
@@ -331,6 +369,8 @@ def _norm(x, size):
     value: it keeps XLA from folding both sums back into one.
     `benchmarks.speed.norm` times this and other ways.
     """
+    if "complex" in keras.backend.standardize_dtype(x.dtype):
+        x = ops.abs(x)
     squares = ops.square(ops.cast(x, "float32"))
     rows = math.gcd(size, 16)
     row_sum = ops.sum(ops.reshape(squares, (rows, -1)), axis=0)

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_lars._checks import check_choice
-from keras_lars._checks import check_range
+from keras_lars._checks import check_number
 
 SCALING_RULES = ("linear", "sqrt")
 
@@ -63,20 +63,25 @@ class WarmupPolynomialDecay(keras.optimizers.schedules.LearningRateSchedule):
         name="WarmupPolynomialDecay",
     ):
         super().__init__()
-        check_range("peak_learning_rate", peak_learning_rate)
-        check_range("warmup_start_learning_rate", warmup_start_learning_rate)
-        check_range("end_learning_rate", end_learning_rate)
-        check_range("warmup_power", warmup_power, positive=True)
-        check_range("power", power, positive=True)
-        check_range("total_steps", total_steps, positive=True)
-        check_range("warmup_steps", warmup_steps, below=total_steps)
-        self.peak_learning_rate = peak_learning_rate
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.warmup_start_learning_rate = warmup_start_learning_rate
-        self.warmup_power = warmup_power
-        self.end_learning_rate = end_learning_rate
-        self.power = power
+        self.peak_learning_rate = check_number(
+            "peak_learning_rate", peak_learning_rate
+        )
+        self.warmup_start_learning_rate = check_number(
+            "warmup_start_learning_rate", warmup_start_learning_rate
+        )
+        self.end_learning_rate = check_number(
+            "end_learning_rate", end_learning_rate
+        )
+        self.warmup_power = check_number(
+            "warmup_power", warmup_power, positive=True
+        )
+        self.power = check_number("power", power, positive=True)
+        self.total_steps = check_number(
+            "total_steps", total_steps, positive=True
+        )
+        self.warmup_steps = check_number(
+            "warmup_steps", warmup_steps, below=self.total_steps
+        )
         self.rebase = rebase
         self.name = name
 
@@ -137,8 +142,11 @@ def scale_learning_rate(base, batch_size, base_batch_size, rule="linear"):
         - [Goyal et al., 2017](https://arxiv.org/abs/1706.02677), Section 2.1
         - [Krizhevsky, 2014](https://arxiv.org/abs/1404.5997), Section 5
     """
-    check_range("batch_size", batch_size, positive=True)
-    check_range("base_batch_size", base_batch_size, positive=True)
+    base = check_number("base", base)
+    batch_size = check_number("batch_size", batch_size, positive=True)
+    base_batch_size = check_number(
+        "base_batch_size", base_batch_size, positive=True
+    )
     check_choice("rule", rule, SCALING_RULES)
     if rule == "sqrt":
         return base * math.sqrt(batch_size / base_batch_size)

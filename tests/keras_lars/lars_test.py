@@ -288,6 +288,18 @@ def test_paths_that_variables_share_are_numbered():
     assert list(optimizer.trust_ratios()) == ["kernel", "kernel_1", "kernel_2"]
 
 
+def test_number_of_a_shared_path_is_free():
+    names = ["kernel", "kernel", "kernel_1", "kernel_1"]
+    optimizer = LARS()
+    optimizer.build([keras.Variable([[1.0]], name=name) for name in names])
+    assert list(optimizer.trust_ratios()) == [
+        "kernel",
+        "kernel_2",
+        "kernel_1",
+        "kernel_1_1",
+    ]
+
+
 @pytest.mark.parametrize("jit_compile", [True, False])
 @pytest.mark.parametrize("in_function", [True, False])
 def test_variable_without_gradient_stays(in_function, jit_compile):
@@ -596,7 +608,7 @@ def test_ratio_of_variables_of_any_shape(jit_compile):
         *[("epsilon", v) for v in (-1e-8, "0")],
         *[("unadapted_scale", v) for v in (-1, True)],
         *[("clipnorm", -1.0), ("clipvalue", 0), ("global_clipnorm", "1")],
-        *[("loss_scale_factor", v) for v in (-1.0, np.float32(2))],
+        ("loss_scale_factor", -1.0),
         *[("gradient_accumulation_steps", v) for v in (0, 1, 2.5, True)],
         *[("nesterov", 1), ("trust_clip", None), ("jit_compile", "auto")],
         *[("momentum_style", "tensorflow"), ("trust_ratio_norm", "max")],
@@ -623,6 +635,213 @@ def test_pattern_without_a_match_is_an_error():
     optimizer = LARS(exclude_from_layer_adaptation=["dense/kernal"])
     with pytest.raises(ValueError, match=r"dense/kernel.*'dense/kernal'"):
         optimizer.build(variables)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_pattern_may_match_frozen_variables_alone(loaded, tmp_path):
+    """One pair of lists serves both phases of fine-tuning."""
+    patterns = {
+        "exclude_from_layer_adaptation": ["bias", "only_frozen"],
+        "exclude_from_weight_decay": ["only_frozen"],
+    }
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(2, name="only_frozen", trainable=False),
+            keras.layers.Dense(2),
+        ]
+    )
+    x, y = np.ones((4, 3)), np.ones((4, 2))
+    model.compile(LARS(1.0, **patterns), "mse")
+    model.fit(x, y, verbose=0)
+    if loaded:
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+        model.fit(x, y, verbose=0)
+    model.layers[0].trainable = True
+    model.compile(LARS(1.0, **patterns), "mse")
+    model.fit(x, y, verbose=0)
+    ratios = model.optimizer.trust_ratios()
+    assert ratios[model.layers[0].kernel.path] == 1.0
+
+
+def test_loading_does_not_check_patterns():
+    """A process may load an optimizer without the frozen layers."""
+    variables, gradients = variables_and_gradients(steps=1)
+    config = LARS(exclude_from_weight_decay=["gone"]).get_config()
+    apply(LARS.from_config(config), gradients, variables)
+    with pytest.raises(ValueError, match=r"frozen.*'gone'"):
+        apply(LARS(exclude_from_weight_decay=["gone"]), gradients, variables)
+
+
+def test_numbers_of_numpy_and_tensors_become_python_numbers():
+    optimizer = LARS(
+        np.float32(0.5),
+        momentum=np.float64(0.5),
+        weight_decay=np.float32(0.25),
+        trust_coefficient=tf.constant(0.5),
+        epsilon=np.int64(0),
+        unadapted_scale=np.array(0.5),
+        clipnorm=np.float32(2.0),
+    )
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert config["weight_decay"] == 0.25
+    assert config["learning_rate"] == config["trust_coefficient"] == 0.5
+
+
+def test_no_weight_decay_may_be_none():
+    optimizer = LARS(1.0, weight_decay=None)
+    assert optimizer.weight_decay == 0.0
+    optimizer.weight_decay = None
+    one_step(optimizer, [[3.0, 4.0]], [[6.0, 8.0]])
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("momentum", 0.5),
+        ("nesterov", True),
+        ("weight_decay", 0.5),
+        ("trust_coefficient", 0.1),
+        ("epsilon", 1.0),
+        ("trust_ratio_norm", "joint"),
+        ("momentum_style", "pytorch"),
+        ("trust_clip", True),
+        ("unadapted_scale", 0.1),
+        ("learning_rate", 0.5),
+    ],
+)
+def test_argument_that_is_set_later_acts_from_the_next_step(
+    name, value, jit_compile
+):
+    arguments = {"weight_decay": 0.1, "jit_compile": jit_compile}
+    variables, gradients = variables_and_gradients(steps=3)
+    optimizer = LARS(2.0, **arguments)
+    apply(optimizer, gradients[:1], variables)
+    setattr(optimizer, name, value)
+    middle = [v.numpy() for v in variables]
+    state = [v.numpy() for v in optimizer.variables]
+
+    other_variables, _ = variables_and_gradients(steps=0)
+    other = LARS(**{"learning_rate": 2.0, **arguments, name: value})
+    other.build(other_variables)
+    for variable, start in zip(other_variables, middle, strict=True):
+        variable.assign(start)
+    for variable, start in zip(other.variables, state, strict=True):
+        variable.assign(start)
+    other.learning_rate = 0.5 if name == "learning_rate" else 2.0
+
+    plain_variables, _ = variables_and_gradients(steps=0)
+    plain = LARS(2.0, **arguments)
+    for used, theirs in (
+        (optimizer, variables),
+        (other, other_variables),
+    ):
+        apply(used, gradients[1:], theirs)
+    apply(plain, gradients, plain_variables)
+    assert_close(
+        [v.numpy() for v in variables],
+        [v.numpy() for v in other_variables],
+        rtol=1e-6,
+    )
+    assert any(
+        np.abs(a.numpy() - b.numpy()).max() > 1e-6
+        for a, b in zip(variables, plain_variables, strict=True)
+    )
+
+
+def test_argument_that_is_set_later_acts_after_compiling_again():
+    x, y = np.ones((8, 8)), np.zeros((8, 3))
+    results = []
+    for early in (True, False):
+        model = small_model()
+        optimizer = LARS(1.0, momentum=0.0 if early else 0.9)
+        model.compile(optimizer, "mse")
+        model.fit(x, y, epochs=1, verbose=0)
+        optimizer.momentum = 0.5
+        model.compile(optimizer, "mse")
+        model.fit(x, y, epochs=3, verbose=0)
+        results.append(model.get_weights())
+    # Momentum does not act in the first step.
+    assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_bad_value_that_is_set_later_is_named():
+    optimizer = LARS()
+    with pytest.raises(ValueError, match=r"`momentum` must.*momentum=1\.5"):
+        optimizer.momentum = 1.5
+    assert optimizer.momentum == 0.9
+    variables, gradients = variables_and_gradients(steps=1)
+    apply(optimizer, gradients, variables)
+    for name in (
+        "exclude_from_layer_adaptation",
+        "exclude_from_weight_decay",
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` cannot change"):
+            setattr(optimizer, name, [])
+    optimizer.momentum = 0.0
+    optimizer.nesterov = True
+    with pytest.raises(ValueError, match="`momentum` must be above 0"):
+        apply(optimizer, gradients, variables)
+
+
+def step_of(optimizer, variables):
+    return lambda *grads: optimizer.apply(grads, variables)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("in_function", [True, False])
+@pytest.mark.parametrize("built", [True, False])
+def test_variables_of_tensorflow(built, in_function, jit_compile):
+    """They may be mixed with Keras's, as for `keras.optimizers.SGD`."""
+    keras_variables, gradients = variables_and_gradients(steps=2)
+    mixed = [
+        tf.Variable(v.numpy(), name=v.path.replace("/", "_")) if i else v
+        for i, v in enumerate(variables_and_gradients(steps=0)[0])
+    ]
+    for variables in (keras_variables, mixed):
+        arguments = dict(
+            weight_decay=0.1,
+            exclude_from_layer_adaptation=["bias"],
+            jit_compile=jit_compile,
+        )
+        optimizer = LARS(1.0, **arguments)
+        if built or in_function:
+            optimizer.build(variables)
+        step = step_of(optimizer, variables)
+        if in_function:
+            step = tf.function(step)
+        for grads in gradients:
+            step(*[tf.constant(g, "float32") for g in grads])
+    assert list(optimizer.trust_ratios()) == [
+        keras_variables[0].path,
+        "conv_bias",
+        "dense_kernel",
+    ]
+    assert_close(
+        [v.numpy() for v in mixed], [v.numpy() for v in keras_variables], 1e-6
+    )
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_ratio_of_complex_variables(dtype, jit_compile):
+    rng = np.random.default_rng(0)
+    w, g = (
+        (rng.normal(size=(3, 4)) + 1j * rng.normal(size=(3, 4))).astype(dtype)
+        for _ in range(2)
+    )
+    variable = tf.Variable(w, name="kernel")
+    optimizer = LARS(0.5, weight_decay=0.1, jit_compile=jit_compile)
+    optimizer.apply([tf.constant(g)], [variable])
+    ratio = 0.001 * np.linalg.norm(w)
+    ratio /= np.linalg.norm(g) + 0.1 * np.linalg.norm(w)
+    np.testing.assert_allclose(
+        optimizer.trust_ratios()["kernel"], ratio, rtol=1e-5
+    )
+    expected = w - 0.5 * ratio * (g + 0.1 * w)
+    np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-5)
 
 
 def test_horovods_own_keras_binding_is_refused():

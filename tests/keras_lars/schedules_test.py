@@ -1,6 +1,9 @@
 """The schedules at steps where their values are known."""
 
+import json
+
 import keras
+import numpy as np
 import pytest
 
 from keras_lars.schedules import WarmupPolynomialDecay
@@ -60,7 +63,7 @@ def test_config_round_trip():
     ("name", "value"),
     [
         ("peak_learning_rate", -1.0),
-        ("total_steps", 0),
+        *[("total_steps", v) for v in (0, -6, None, "9", [9])],
         ("warmup_steps", 10),
         ("warmup_steps", -1),
         ("warmup_start_learning_rate", float("nan")),
@@ -73,6 +76,16 @@ def test_bad_argument_is_named(name, value):
     arguments = {"peak_learning_rate": 1.0, "total_steps": 10, name: value}
     with pytest.raises(ValueError, match=name):
         WarmupPolynomialDecay(**arguments)
+
+
+def test_steps_may_be_a_tensor():
+    dataset = keras.ops.convert_to_tensor([8, 8, 8])
+    schedule = WarmupPolynomialDecay(
+        np.float32(4.0), total_steps=dataset[0] * 1, warmup_steps=np.int64(0)
+    )
+    assert schedule.get_config()["total_steps"] == 8
+    json.dumps(schedule.get_config())
+    assert values(schedule, [0, 2, 8]) == pytest.approx([4.0, 2.25, 0.0])
 
 
 def test_scaling_rules():
