@@ -55,6 +55,7 @@ from horovod_recipes.keras._collectives import broadcast
 from horovod_recipes.keras._collectives import reducescatter
 from horovod_recipes.keras._evaluation import evaluate
 from horovod_recipes.keras._gradient_tape import DistributedGradientTape
+from horovod_recipes.keras._gradient_tape import PartialDistributedGradientTape
 from horovod_recipes.keras._init import init
 from horovod_recipes.keras._loading import load_model
 from horovod_recipes.keras._optimizer import DistributedOptimizer
@@ -70,6 +71,7 @@ __all__ = [
     "Compression",
     "DistributedGradientTape",
     "DistributedOptimizer",
+    "PartialDistributedGradientTape",
     "PartialDistributedOptimizer",
     "ProcessSet",
     "Sum",

@@ -3,6 +3,8 @@
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from horovod_recipes.keras._folding import not_folded
+
 
 def allreduce(
     value,
@@ -27,7 +29,7 @@ def allreduce(
             `Compression.none`.
     """
     return hvd.allreduce(
-        tf.convert_to_tensor(value),
+        not_folded(tf.convert_to_tensor(value)),
         average=average,
         compression=compression,
         op=op,
@@ -42,14 +44,18 @@ def allgather(value, name=None):
 
     Only the first dimension may differ between the ranks.
     """
-    return hvd.allgather(tf.convert_to_tensor(value), name=name)
+    return hvd.allgather(not_folded(tf.convert_to_tensor(value)), name=name)
 
 
 def broadcast(value, root_rank, name=None):
     """Returns the value of `root_rank`. All ranks pass the same shape."""
-    return hvd.broadcast(tf.convert_to_tensor(value), root_rank, name=name)
+    return hvd.broadcast(
+        not_folded(tf.convert_to_tensor(value)), root_rank, name=name
+    )
 
 
 def reducescatter(value, name=None, op=hvd.Average):
     """Returns this rank's slice of the reduction, along the first dimension."""
-    return hvd.reducescatter(tf.convert_to_tensor(value), name=name, op=op)
+    return hvd.reducescatter(
+        not_folded(tf.convert_to_tensor(value)), name=name, op=op
+    )

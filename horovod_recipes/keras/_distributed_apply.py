@@ -129,7 +129,15 @@ class DistributedApply:
     def _reduce_and_apply(self, grads, variables):
         if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
             grads = self._reduction.share_infinities(grads, variables)
-        grads = self._reduction(grads, variables)
+        optimizer = self._optimizer
+        trained = trained_variables(optimizer) if optimizer.built else []
+        if tf.executing_eagerly() or any(grad is not None for grad in grads):
+            grads = self._reduction(grads, variables, trained)
+        else:
+            # Keras will raise an error, while it traces. This rank then takes
+            # no step in which the ranks could find that they differ.
+            with tf.init_scope():
+                tf.function(self._reduction)(grads, variables, trained)
         if self._inner is None:
             self._local_apply(grads, variables)
             return

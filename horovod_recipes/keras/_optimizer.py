@@ -13,6 +13,7 @@ from horovod_recipes.keras._distributed_apply import distribute_loss_scale
 from horovod_recipes.keras._distributed_apply import is_distributed
 from horovod_recipes.keras._reduction import GradientReduction
 from horovod_recipes.keras._reduction import ReductionOptions
+from horovod_recipes.keras._reduction import weights_of_layers
 from horovod_recipes.keras._train_step import make_train_function
 
 
@@ -162,19 +163,7 @@ def PartialDistributedOptimizer(
         ValueError: As `DistributedOptimizer`, or if `local_layers` holds
             something other than a built layer.
     """
-    if isinstance(local_layers, keras.layers.Layer):
-        local_layers = [local_layers]
-    for layer in local_layers or []:
-        if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(
-                "Argument `local_layers` must hold keras.layers.Layer. "
-                f"Received: {layer!r}"
-            )
-        if not layer.built:
-            raise ValueError(
-                f"Argument `local_layers` has {layer.name!r}, which has no "
-                "weights yet: build the model first."
-            )
+    local_variables = weights_of_layers(local_layers)
     optimizer = DistributedOptimizer(
         optimizer,
         name=name,
@@ -188,7 +177,6 @@ def PartialDistributedOptimizer(
         process_set=process_set,
         scale_local_gradients=scale_local_gradients,
     )
-    for layer in local_layers or []:
-        for variable in layer.trainable_weights:
-            optimizer.register_local_var(variable)
+    for variable in local_variables:
+        optimizer.register_local_var(variable)
     return optimizer

@@ -13,6 +13,10 @@ import keras
 import tensorflow as tf
 
 from horovod_recipes.keras import _watchdog
+from horovod_recipes.keras._agreement import check_agreement
+from horovod_recipes.keras._agreement import described
+from horovod_recipes.keras._folding import not_folded
+from horovod_recipes.keras._folding import one_not_folded
 from horovod_recipes.keras._keras_hooks import check_outside_xla
 
 
@@ -70,10 +74,20 @@ class GradientReduction:
 
     # Converting Horovod's code would take seconds in a user's tf.function.
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, grads, variables):
+    def __call__(self, grads, variables, all_variables=()):
         """Returns the reduced gradients, one per variable; None stays None.
 
         On a rank outside of the process set, the gradients do not change.
+
+        Args:
+            grads: List of a tensor, `tf.IndexedSlices` or None per variable.
+            variables: List of variables, the same on every rank.
+            all_variables: List of variables that `variables` is a part of, if
+                it is known. Names are numbered by it.
+
+        Raises:
+            ValueError: On every rank, if the ranks bring different gradients.
+                From a graph, it is a `tf.errors.InvalidArgumentError`.
         """
         check_outside_xla(f"The reduction of {self._name}")
         reduced = list(grads)
@@ -83,16 +97,36 @@ class GradientReduction:
         local = [i for i in present if self.is_local(variables[i])]
         shared = [i for i in present if i not in local]
         groups = _split(shared, variables, self._groups)
-        for number, group in enumerate(groups):
-            results = self._reduce_group(
-                [grads[i] for i in group], f"{self._name}_{number}"
+        with tf.control_dependencies(
+            self._check_agreement(
+                [variables[i] for i in shared],
+                [grads[i] for i in shared],
+                all_variables,
             )
-            for i, result in zip(group, results, strict=True):
-                reduced[i] = result
+        ):
+            for number, group in enumerate(groups):
+                results = self._reduce_group(
+                    [grads[i] for i in group], f"{self._name}_{number}"
+                )
+                for i, result in zip(group, results, strict=True):
+                    reduced[i] = result
         if self._options.scale_local_gradients:
             for i in local:
                 reduced[i] = _divide(grads[i], self._size())
         return reduced
+
+    def _check_agreement(self, variables, grads, all_variables):
+        if self._options.sparse_as_dense:
+            grads = [tf.convert_to_tensor(grad) for grad in grads]
+        return check_agreement(
+            described(variables, grads, all_variables),
+            f"gradients to {self._name}",
+            "Compute the gradients of the same variables on every rank: a part "
+            "of the loss that one rank lacks counts as 0 there, for example "
+            "by tf.GradientTape.gradient(..., unconnected_gradients='zero')",
+            f"{self._name}_agreement",
+            self._options.process_set,
+        )
 
     def share_infinities(self, grads, variables):
         """Puts NaN into a shared gradient if a local gradient is not finite.
@@ -151,7 +185,7 @@ class GradientReduction:
             process_set=self._options.process_set,
             name=name,
         )
-        return _watchdog.tracked(allreduce)(tensors)
+        return _watchdog.tracked(allreduce)(one_not_folded(tensors))
 
     def _allgather(self, slices, name):
         """Returns the sum, or mean, of sparse gradients, each row once.
@@ -172,7 +206,7 @@ class GradientReduction:
                     gather(tensors[0], name=f"{name}_values"),
                     gather(tensors[1], name=f"{name}_indices"),
                 ]
-            )([values, slices.indices])
+            )([not_folded(values), not_folded(slices.indices)])
         values = self._options.compression.decompress(values, context)
         # On a GPU the order of additions, and so the sum, would differ.
         with tf.device("CPU"):
@@ -279,6 +313,30 @@ def _check_paths(groups, variables):
                     f"Argument `groups` names {path!r}, but no trained "
                     f"variable has this path. Their paths: {paths}"
                 )
+
+
+def weights_of_layers(local_layers):
+    """Returns the trainable weights of a layer or of a list of layers.
+
+    Raises:
+        ValueError: If there is something other than a built layer.
+    """
+    if isinstance(local_layers, keras.layers.Layer):
+        local_layers = [local_layers]
+    weights = []
+    for layer in local_layers or []:
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(
+                "Argument `local_layers` must hold keras.layers.Layer. "
+                f"Received: {layer!r}"
+            )
+        if not layer.built:
+            raise ValueError(
+                f"Argument `local_layers` has {layer.name!r}, which has no "
+                "weights yet: build the model first."
+            )
+        weights += layer.trainable_weights
+    return weights
 
 
 def variable_key(variable):

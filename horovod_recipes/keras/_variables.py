@@ -4,6 +4,15 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras._agreement import check_agreement
+from horovod_recipes.keras._agreement import described
+
+# What an error says to do where the ranks' variables differ.
+FIX = (
+    "Build the same model on every rank, and pass its variables in the same "
+    "order"
+)
+
 
 def broadcast_variables(
     variables, root_rank, process_set=hvd.global_process_set, inplace=False
@@ -18,7 +27,25 @@ def broadcast_variables(
             to all ranks.
         inplace: Whether to receive into the variables' memory without a copy,
             if Horovod has the dtype. Defaults to `False`.
+
+    Raises:
+        ValueError: On every rank, if the ranks pass different variables. It
+            names them. From a graph, it is a
+            `tf.errors.InvalidArgumentError`.
     """
+    variables = list(variables)
+    agreement = check_agreement(
+        described(variables),
+        "variables to broadcast_variables",
+        FIX,
+        "broadcast_agreement",
+        process_set,
+    )
+    with tf.control_dependencies(agreement):
+        _broadcast(variables, root_rank, process_set, inplace)
+
+
+def _broadcast(variables, root_rank, process_set, inplace):
     for index, variable in enumerate(variables):
         name = f"broadcast_{index}"
         if isinstance(variable, keras.Variable):
@@ -67,6 +94,9 @@ def average_variables(variables):
     Args:
         variables: List of `keras.Variable` or `tf.Variable`, in the same order
             on every rank. Variables of integer dtypes do not change.
+
+    Raises:
+        ValueError: On every rank, if the ranks pass different variables.
     """
     variables = [v for v in variables if tf.as_dtype(v.dtype).is_floating]
     sums = sum_over_ranks(variables)
@@ -80,11 +110,18 @@ def sum_over_ranks(variables):
     Args:
         variables: List of `keras.Variable`, `tf.Variable` or tensors, in the
             same order on every rank.
+
+    Raises:
+        ValueError: On every rank, if the ranks pass different variables.
     """
+    agreement = check_agreement(
+        described(variables), "variables to add up", FIX, "sum_agreement"
+    )
     if not variables:
         return []
-    return hvd.grouped_allreduce(
-        [tf.cast(tf.convert_to_tensor(v), tf.float64) for v in variables],
-        op=hvd.Sum,
-        name="sum_over_ranks",
-    )
+    with tf.control_dependencies(agreement):
+        return hvd.grouped_allreduce(
+            [tf.cast(tf.convert_to_tensor(v), tf.float64) for v in variables],
+            op=hvd.Sum,
+            name="sum_over_ranks",
+        )

@@ -21,6 +21,7 @@ DIFFERENT_ARGUMENTS = {
 # Names that `horovod.tensorflow.keras` does not have, and their origin.
 ADDED = {
     "DistributedGradientTape": horovod.tensorflow,
+    "PartialDistributedGradientTape": horovod.tensorflow,
     "PartialDistributedOptimizer": horovod.keras,
     "SyncBatchNormalization": horovod.tensorflow,
     "allgather_object": horovod.tensorflow,

@@ -1,0 +1,30 @@
+"""Keeps collectives in every step of a graph.
+
+TensorFlow runs an operation on constants once, while it optimizes a graph, and
+uses the result in every step. A collective would then run on the ranks where
+its input changes, but not on a rank where it is constant. The others would wait
+for that rank, which trains on with an old result.
+"""
+
+import tensorflow as tf
+
+
+def not_folded(tensor):
+    """Returns a copy of the tensor that TensorFlow takes for unknown."""
+    if tf.executing_eagerly():
+        return tensor
+    # The time is the input of no step, and no constant.
+    return tf.where(tf.timestamp() > 0.0, tensor, tf.zeros_like(tensor))
+
+
+def one_not_folded(tensors):
+    """Returns the tensors, with a copy of the smallest one by `not_folded`.
+
+    TensorFlow runs an operation ahead only if all of its inputs are constants.
+    """
+    sizes = [t.shape.num_elements() or 0 for t in tensors]
+    smallest = sizes.index(min(sizes))
+    return [
+        not_folded(tensor) if index == smallest else tensor
+        for index, tensor in enumerate(tensors)
+    ]
