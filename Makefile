@@ -97,7 +97,7 @@ parallel-tests: .venv/done $(DATA)
 ## mpi-tests       test the same under MPI, and whole jobs
 mpi-tests: .venv/done $(DATA)
 ifdef MPICXX
-	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST)
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) -m 'not slow'
 	$(JOB) $(PYTEST) tests/mpi_jobs
 else
 	@echo "skipped: no mpicxx (Debian: libopenmpi-dev, openmpi-bin)"
@@ -106,7 +106,7 @@ endif
 ## job-tests       run slow tests, and whole jobs; downloads 20 photos
 job-tests: .venv/done $(DATA)
 	$(BIN)/python -m benchmarks.photos
-	$(JOB) $(PYTEST) -m slow tests/benchmarks
+	$(JOB) $(PYTEST) -m slow
 	$(TWO_RANKS) $(PARALLEL_PYTEST) -m slow
 	timeout --kill-after=10 3000 $(PYTEST) tests/jobs tests/examples
 

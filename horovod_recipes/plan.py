@@ -46,10 +46,10 @@ def create_flags():
     """Returns the flags of the command line, before they are parsed."""
     from absl import flags
 
-    from horovod_recipes.configs import _flags
+    from horovod_recipes.configs import _config_flag
 
     values = flags.FlagValues()
-    _flags.define_config(values)
+    _config_flag.define_config(values)
     flags.DEFINE_integer(
         "ranks",
         None,
@@ -71,12 +71,12 @@ def create_flags():
 
 def run(flags, argv):
     """Parses the command line; returns the config's name and the plan."""
-    from horovod_recipes.configs import _flags
+    from horovod_recipes.configs import _config_flag
 
     with without_banner():
         from horovod_recipes.planning.estimate import make_plan
 
-    name = _flags.parse(flags, argv)
+    name = _config_flag.parse(flags, argv)
     for flag in ("ranks", "hardware"):
         if flags[flag].value is None:
             raise JobError(f"--{flag} is missing: {flags[flag].help}")

@@ -64,10 +64,10 @@ def create_flags():
     """Returns the flags of the command line, before they are parsed."""
     from absl import flags
 
-    from horovod_recipes.configs import _flags
+    from horovod_recipes.configs import _config_flag
 
     values = flags.FlagValues()
-    _flags.define_config(values)
+    _config_flag.define_config(values)
     flags.DEFINE_string("workdir", None, "The folder for the results.", values)
     flags.DEFINE_bool("resume", False, "Resume the run in workdir.", values)
     flags.DEFINE_bool("overwrite", False, "Delete the run in workdir.", values)
@@ -83,7 +83,7 @@ def create_flags():
 def run(flags, argv, callbacks):
     """Parses the command line and runs the job; returns its summary."""
     import horovod_recipes.keras as hvd
-    from horovod_recipes.configs import _flags
+    from horovod_recipes.configs import _config_flag
     from horovod_recipes.training import process
     from horovod_recipes.training import rehearsal
     from horovod_recipes.training.failures import raised_on_every_rank
@@ -94,7 +94,7 @@ def run(flags, argv, callbacks):
     hvd.init()
     with raised_on_every_rank():
         process.choose_gpu()
-        config_name = _flags.parse(flags, argv)
+        config_name = _config_flag.parse(flags, argv)
         if flags.config.deterministic:
             process.run_operations_one_by_one()
         mode = run_mode(flags)

@@ -13,7 +13,65 @@ import tensorflow as tf
 import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import checkpoints
+from horovod_recipes.training import logs
 from horovod_recipes.training.failures import raised_on_every_rank
+from keras_lars.callbacks import TrustRatioLogger
+
+
+def all_callbacks(job, watchdog, sigterm, others):
+    """Returns the callbacks of a job on this rank, in the order that they need.
+
+    Args:
+        job: The `Job`.
+        watchdog: `hvd.callbacks.Watchdog`.
+        sigterm: From `sigterm_noted`.
+        others: List of callbacks, the argument of `train_and_evaluate`.
+    """
+    return [
+        watchdog,
+        hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
+        hvd.callbacks.AverageNonTrainableWeights(),
+        hvd.callbacks.ExactMetrics(),
+        RestoreMetrics(
+            job.measured.get("metric_sums") if hvd.rank() == 0 else None
+        ),
+        *others,
+        StopOnNonFinite(),
+        hvd.callbacks.ReplicaCheck(job.config.check_replicas_every_steps),
+        job.throughput,
+        job.target,
+        *report_callbacks(job),
+        SaveCheckpoints(job),
+        StopOnSigterm(job, sigterm),
+    ]
+
+
+def report_callbacks(job):
+    """Returns the callbacks that write to the work folder, on rank 0 only.
+
+    Raises:
+        JobError: On every rank, if rank 0 cannot write.
+    """
+    with raised_on_every_rank():
+        if hvd.rank() != 0:
+            return []
+        job.mlperf_log = logs.MLPerfLog(job.workdir, job.config, job.size)
+        reports = [
+            job.mlperf_log,
+            logs.MetricsTable(
+                job.workdir,
+                job.size.steps_per_epoch,
+                job.schedule,
+                job.throughput,
+            ),
+            logs.tensorboard(job.workdir),
+        ]
+        if job.config.optimizer_name == "lars":
+            every = job.config.log_trust_ratios_every_steps
+            reports.append(
+                TrustRatioLogger(job.workdir / "trust_ratios", every)
+            )
+        return reports
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ from horovod_recipes.training.job_size import JobSize
 from horovod_recipes.training.job_size import job_size
 from horovod_recipes.training.tasks import Classification
 from horovod_recipes.training.tasks import find_task
-from keras_lars.callbacks import TrustRatioLogger
 from keras_lars.schedules import WarmupPolynomialDecay
 
 
@@ -182,53 +181,20 @@ def run(job, watchdog, callbacks):
     job.target = job_callbacks.TargetTop1(
         job.config.target_top1, job.config.stop_at_target, job.measured
     )
-    reports = []
-    with raised_on_every_rank():
-        if hvd.rank() == 0:
-            print(settings_line(job))
-            reports = report_callbacks(job)
+    if hvd.rank() == 0:
+        print(settings_line(job))
     # horovodrun sends a SIGTERM when another rank has ended.
     # The process must survive it to find out which rank.
     with job_callbacks.sigterm_noted() as sigterm, explained():
-        all_callbacks = [
-            watchdog,
-            hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
-            hvd.callbacks.AverageNonTrainableWeights(),
-            hvd.callbacks.ExactMetrics(),
-            job_callbacks.RestoreMetrics(
-                job.measured.get("metric_sums") if hvd.rank() == 0 else None
-            ),
-            *callbacks,
-            job_callbacks.StopOnNonFinite(),
-            hvd.callbacks.ReplicaCheck(job.config.check_replicas_every_steps),
-            job.throughput,
-            job.target,
-            *reports,
-            job_callbacks.SaveCheckpoints(job),
-            job_callbacks.StopOnSigterm(job, sigterm),
-        ]
+        all_callbacks = job_callbacks.all_callbacks(
+            job, watchdog, sigterm, callbacks
+        )
         with warnings.catch_warnings():
             # Keras prints this for every dataset whose length is unknown.
             warnings.filterwarnings("ignore", "Your input ran out of data")
             top1, epochs = fit_parts(job, watchdog, all_callbacks)
         skipped = hvd.allgather_object(job.corrupt_images.names)
         return top1, epochs, set().union(*skipped)
-
-
-def report_callbacks(job):
-    """Returns the callbacks that write to the work folder, on rank 0 only."""
-    job.mlperf_log = logs.MLPerfLog(job.workdir, job.config, job.size)
-    reports = [
-        job.mlperf_log,
-        logs.MetricsTable(
-            job.workdir, job.size.steps_per_epoch, job.schedule, job.throughput
-        ),
-        logs.tensorboard(job.workdir),
-    ]
-    if job.config.optimizer_name == "lars":
-        every = job.config.log_trust_ratios_every_steps
-        reports.append(TrustRatioLogger(job.workdir / "trust_ratios", every))
-    return reports
 
 
 def settings_line(job):

@@ -65,7 +65,7 @@ PUBLISHED = [
         *(HARDWARE["a100"], 8, 1, 256 / 2375, RESNET50_BYTES),
     ),
     (
-        "ResNet-50, 64 H100 with 50 images each, MLPerf [5]",
+        "ResNet-50, 64 H100 with 50 images each, Horovod [5]",
         294_700 / 56_060 / 8,
         *(HARDWARE["h100"], 64, 8, 50 * 8 / 56_060, RESNET50_BYTES),
     ),

@@ -59,6 +59,8 @@ def sentences_on_accuracy():
         f"{points[4096]} at 4,096 and {points[8192]} at 8,192. At 16,384 it "
         f"is {points[16384]} points above, and {points[32768]} at 32,768.",
     )
+    nearest = max(abs(ahead(normed[batch])) for batch in (256, 1024))
+    yield page, f"is within {nearest:.1f} points of the better SGD"
     points = {batch: f"{ahead(row):.1f}" for batch, row in normed.items()}
     yield (
         page,
@@ -81,6 +83,18 @@ def sentences_on_accuracy():
     at_4096 = [ahead(row[4096]) for row in small]
     yield page, f"It is {at_256[0]:.1f} and {at_256[1]:.1f} points above SGD"
     yield page, f"it is {at_4096[0]:.0f} and {at_4096[1]:.0f} points above the"
+    tries = [
+        run
+        for run in read_result("large_batch_small.json")["runs"]
+        if (run["network"], run["recipe"]) == ("alexnet", "lars")
+        and (run["batch"], run["seed"]) == (4096, 0)
+    ]
+    best = max(tries, key=lambda run: run["test_top1"])
+    yield (
+        page,
+        f"the best try has {best['test_top1']:.0f} %, at the rate "
+        f"{best['rate']:g}.",
+    )
 
 
 def sentences_on_the_demo():
@@ -174,7 +188,7 @@ def sentences_on_ratios():
         for line in lines
         if line["kind"] == "kernel"
     ]
-    yield page, f"have {min(factors):.1f} to {max(factors):.0f} times these"
+    yield page, f"are {min(factors):.1f} to {max(factors):.0f} times ours"
     course = np.array(list(result["course"]["ratios"].values()))
     spreads = course.max(axis=0) / course.min(axis=0)
     yield page, f"is {min(spreads):.1f} to {max(spreads):.0f} times the lowest"

@@ -43,6 +43,7 @@ def run_module(name, *arguments):
     return run(sys.executable, "-m", name, *arguments)
 
 
+@pytest.mark.slow
 def test_train(tmp_path):
     printed = run_module(
         "horovod_recipes.train", *TINY_JOB, f"--workdir={tmp_path}"
@@ -61,6 +62,7 @@ def test_plan():
     assert printed.startswith("demo on 2 ranks of cpu in float32\n")
 
 
+@pytest.mark.slow
 def test_data(tmp_path):
     printed = run_module(
         "horovod_recipes.data", "mnist5k", f"--data_dir={tmp_path}"
@@ -86,6 +88,7 @@ def test_benchmark():
     assert printed.startswith("usage: ")
 
 
+@pytest.mark.slow
 def test_horovodrun():
     """It imports TensorFlow itself, to see what Horovod was built with."""
     assert run(HOROVODRUN, "--gloo", "-np", "1", "true") == ""

@@ -21,7 +21,7 @@ import importlib
 for name in {CONFIGS}:
     config = importlib.import_module(f"horovod_recipes.configs.{{name}}")
     assert config.get_config().global_batch_size >= 256, name
-from horovod_recipes.configs import _flags, _check
+from horovod_recipes.configs import _config_flag, _check
 from horovod_recipes.configs import demo
 _check.check_config(demo.get_config())
 """,

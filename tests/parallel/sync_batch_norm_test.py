@@ -257,6 +257,7 @@ def test_networks_with_synchronized_batch_norm(name):
     assert np.abs(plain(own, training=True) - expected).max() > 0.01
 
 
+@pytest.mark.slow
 def test_saved_network_loads_without_horovod(tmp_path):
     model = create_network("resnet50", "synchronized")
     images = np.full((2, 32, 32, 3), 7 + hvd.rank(), "uint8")

@@ -20,6 +20,7 @@ def test_invalid_seconds():
         Watchdog(seconds=0)
 
 
+@pytest.mark.slow
 def test_training_may_take_longer_than_the_limit():
     """Each batch is progress."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])

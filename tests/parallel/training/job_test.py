@@ -106,6 +106,7 @@ def test_accumulation_keeps_the_global_batch_and_the_schedule(accumulated_job):
     assert rates[-1] == pytest.approx(20 * (1 / 6) ** 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sgd_is_momentum_with_l2_decay(shared_folder):
     """The saved optimizer adapts no layer, and has SGD's hyper-parameters."""
     workdir = shared_folder / "run"
@@ -123,6 +124,7 @@ def test_sgd_is_momentum_with_l2_decay(shared_folder):
     assert not (workdir / "trust_ratios").exists()
 
 
+@pytest.mark.slow
 def test_job_stops_at_its_target(shared_folder):
     workdir = shared_folder / "run"
     changes = {
