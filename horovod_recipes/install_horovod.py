@@ -243,7 +243,7 @@ def built_for():
 
 
 def check_installed():
-    """Raises `ImportError` unless the installed Horovod fits TensorFlow."""
+    """Raises `ImportError` unless Horovod is here for Keras 3 on TensorFlow."""
     if installed_folder() is None:
         raise ImportError(
             "Horovod is not installed here; activate the environment that has "
@@ -257,6 +257,18 @@ def check_installed():
         raise ImportError(
             f"Horovod was built for TensorFlow {built_for()}, but TensorFlow "
             f"{tensorflow} is installed; {FIX}"
+        )
+    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if backend != "tensorflow":
+        raise ImportError(
+            f"KERAS_BACKEND={backend} is set, but Horovod needs Keras on "
+            "TensorFlow; unset it, or set KERAS_BACKEND=tensorflow"
+        )
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS", "")
+    if legacy.lower() in ("1", "true"):
+        raise ImportError(
+            f"TF_USE_LEGACY_KERAS={legacy} is set, but this is Horovod for "
+            "Keras 3; unset it"
         )
 
 

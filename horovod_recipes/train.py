@@ -25,18 +25,18 @@ def main(argv, callbacks=()):
     try:
         check_installed()
         flags = create_flags()
+        if "--help" in argv:
+            print(__doc__, flags, sep="")
+            return 0
+        with without_banner():
+            import horovod_recipes.keras as hvd
+            from horovod_recipes.training.callbacks import StoppedBySigterm
     except ModuleNotFoundError as error:
         print(f"error: {missing_package(error)}", file=sys.stderr)
         return 1
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if "--help" in argv:
-        print(__doc__, flags, sep="")
-        return 0
-    with without_banner():
-        import horovod_recipes.keras as hvd
-        from horovod_recipes.training.callbacks import StoppedBySigterm
 
     try:
         summary = run(flags, argv, callbacks)

@@ -1,9 +1,16 @@
-"""Collectives with the signatures of `horovod.tensorflow.keras`."""
+"""Horovod's collectives, which take Keras variables too.
+
+Those that `horovod.tensorflow.keras` has come first, with its signatures.
+"""
+
+import functools
 
 import horovod.tensorflow as hvd
+import keras
 import tensorflow as tf
 
 from horovod_recipes.keras._folding import not_folded
+from horovod_recipes.keras._folding import one_not_folded
 
 
 def allreduce(
@@ -59,3 +66,34 @@ def reducescatter(value, name=None, op=hvd.Average):
     return hvd.reducescatter(
         not_folded(tf.convert_to_tensor(value)), name=name, op=op
     )
+
+
+@functools.wraps(hvd.alltoall)
+def alltoall(tensor, *args, **kwargs):
+    return hvd.alltoall(
+        not_folded(tf.convert_to_tensor(tensor)), *args, **kwargs
+    )
+
+
+def _for_keras(function):
+    """Returns a function of Horovod that takes a list of Keras variables."""
+
+    @functools.wraps(function)
+    def for_keras(tensors, *args, **kwargs):
+        tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
+        return function(one_not_folded(tensors), *args, **kwargs)
+
+    return for_keras
+
+
+grouped_allgather = _for_keras(hvd.grouped_allgather)
+grouped_allreduce = _for_keras(hvd.grouped_allreduce)
+grouped_reducescatter = _for_keras(hvd.grouped_reducescatter)
+
+
+@functools.wraps(hvd.broadcast_)
+def broadcast_(variables, *args, **kwargs):
+    variables = [
+        v.value if isinstance(v, keras.Variable) else v for v in variables
+    ]
+    return hvd.broadcast_(variables, *args, **kwargs)

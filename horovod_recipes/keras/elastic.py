@@ -35,6 +35,7 @@ __all__ = [
     "CommitStateCallback",
     "ElasticSampler",
     "KerasState",
+    "TensorFlowKerasState",
     "UpdateBatchStateCallback",
     "UpdateEpochStateCallback",
     "run",
@@ -247,6 +248,20 @@ class KerasState(State):
             + [v for v in self.model.variables if is_seed(v)]
             + self.optimizer.variables
         )
+
+
+class TensorFlowKerasState(KerasState):
+    """`KerasState` with the arguments of Horovod's class of this name.
+
+    Args:
+        model: As for `KerasState`.
+        optimizer: As for `KerasState`.
+        backend: Has no effect: Horovod needs it for TensorFlow 1.
+        **kwargs: As for `KerasState`.
+    """
+
+    def __init__(self, model, optimizer=None, backend=None, **kwargs):
+        super().__init__(model, optimizer, **kwargs)
 
 
 class ElasticSampler:

@@ -276,3 +276,25 @@ def test_job_with_horovod_for_another_tensorflow(tmp_path):
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: Horovod was built for TensorFlow 2.16.2, ")
     assert "python -m horovod_recipes.install_horovod" in last
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("KERAS_BACKEND", "jax"), ("TF_USE_LEGACY_KERAS", "1")],
+)
+def test_job_with_another_keras(variable, value):
+    for command in (TRAIN, ("-c", "import horovod_recipes.keras")):
+        result = run(*command, **{variable: value})
+        assert result.returncode == 1
+        last = result.stderr.splitlines()[-1]
+        assert f"rror: {variable}={value} is set, but" in last
+        assert "unset it" in last
+
+
+def test_job_with_another_keras_in_its_settings_file(tmp_path):
+    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
+    for command in (TRAIN, ("-c", "import horovod_recipes.keras")):
+        result = run(*command, KERAS_HOME=str(tmp_path), KERAS_BACKEND="")
+        assert result.returncode == 1
+        last = result.stderr.splitlines()[-1]
+        assert "rror: keras.json chooses the backend jax, but" in last

@@ -88,6 +88,48 @@ def test_collectives_take_numbers_and_arrays():
     np.testing.assert_array_equal(scattered, of_rank([1.5], [4.5]))
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_collectives_of_loops_take_keras_variables(graph):
+    rank = hvd.rank()
+    one = keras.Variable([float(rank), 2.0], name="one")
+    two = tf.Variable([4.0, 8.0 * rank])
+
+    def collectives():
+        sent, splits = hvd.alltoall(one, splits=[1, 1])
+        return {
+            "alltoall": sent,
+            "splits": splits,
+            "gathered": hvd.grouped_allgather([one, two]),
+            "reduced": hvd.grouped_allreduce([one, two], op=hvd.Sum),
+            "scattered": hvd.grouped_reducescatter([one, two], op=hvd.Sum),
+            "size": hvd.size_op(),
+            "rank": hvd.rank_op(),
+            "local_rank": hvd.local_rank_op(),
+            "local_size": hvd.local_size_op(),
+            "included": hvd.process_set_included_op(),
+        }
+
+    result = (tf.function(collectives) if graph else collectives)()
+    numbers = tf.nest.map_structure(lambda t: t.numpy().tolist(), result)
+    assert numbers == {
+        "alltoall": of_rank([0.0, 1.0], [2.0, 2.0]),
+        "splits": [1, 1],
+        "gathered": [[0.0, 2.0, 1.0, 2.0], [4.0, 0.0, 4.0, 8.0]],
+        "reduced": [[1.0, 4.0], [8.0, 8.0]],
+        "scattered": of_rank([[1.0], [8.0]], [[4.0], [8.0]]),
+        "size": 2,
+        "rank": rank,
+        "local_rank": rank,
+        "local_size": 2,
+        "included": 1,
+    }
+    assert hvd.is_homogeneous()
+    assert not hvd.gpu_available("tensorflow")
+    hvd.broadcast_([one, two], root_rank=1)
+    np.testing.assert_array_equal(one.numpy(), [1.0, 2.0])
+    np.testing.assert_array_equal(two.numpy(), [4.0, 8.0])
+
+
 def test_batch_norm_statistics_are_averaged():
     model = keras.Sequential(
         [

@@ -94,10 +94,10 @@ def test_warmup_with_several_steps_per_execution():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        # A float is the base of a power.
+        # Horovod's code makes a float the base of a power.
         (
             {"multiplier": 0.5, "start_epoch": 1, "end_epoch": 3},
-            [5.0] * 6 + [2.0] * 6 + [1.0] * 12,
+            [5.0] * 6 + [1.0] * 18,
         ),
         (
             {"multiplier": lambda epoch: 1 + epoch, "end_epoch": 2},

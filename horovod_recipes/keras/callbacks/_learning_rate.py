@@ -30,8 +30,9 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 
     Args:
         initial_lr: Float, the rate that `multiplier` multiplies.
-        multiplier: Function of the epoch, or a float for
-            `multiplier ** (epoch - start_epoch)`.
+        multiplier: Function of the epoch, or a float. The code of Horovod
+            compounds a float each epoch; its documentation, and the scripts
+            that follow it, mean a constant, as it is here.
         start_epoch: Integer, the first epoch in which the callback sets the
             rate. Defaults to `0`.
         end_epoch: Integer, the first epoch in which it no longer sets the
@@ -70,7 +71,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self.initial_lr = initial_lr
         self.multiplier = multiplier
         if not callable(multiplier):
-            self.multiplier = lambda epoch: multiplier ** (epoch - start_epoch)
+            self.multiplier = lambda epoch: multiplier
         self.start_epoch = start_epoch
         self.end_epoch = end_epoch
         self.staircase = staircase

@@ -29,6 +29,17 @@ ADDED = {
     "broadcast_variables": horovod.tensorflow,
     "grouped_allreduce": horovod.tensorflow,
     "join": horovod.tensorflow,
+    "alltoall": horovod.tensorflow,
+    "broadcast_": horovod.tensorflow,
+    "gpu_available": horovod.tensorflow,
+    "grouped_allgather": horovod.tensorflow,
+    "grouped_reducescatter": horovod.tensorflow,
+    "is_homogeneous": horovod.tensorflow,
+    "local_rank_op": horovod.tensorflow,
+    "local_size_op": horovod.tensorflow,
+    "process_set_included_op": horovod.tensorflow,
+    "rank_op": horovod.tensorflow,
+    "size_op": horovod.tensorflow,
     "average_variables": None,  # In place, over the ranks.
     "evaluate": None,  # Counts every example of every rank once.
     "sum_over_ranks": None,  # Of variables, in float64.
@@ -40,6 +51,7 @@ ADDED = {
     "callbacks.Watchdog": None,  # Ends a job in which a rank hangs.
     "callbacks.is_lost_rank": None,  # Tells errors of collectives from others.
     "callbacks.lost_rank": None,  # Names the rank that a collective lacks.
+    "elastic.TensorFlowKerasState": None,  # Horovod has it in elastic as well.
     "elastic.ElasticSampler": None,  # Each example of an epoch once.
 }
 NAMESPACES = ["", "callbacks", "elastic"]
