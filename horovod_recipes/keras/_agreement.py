@@ -24,7 +24,9 @@ MAX_TENSORS_NAMED = 5
 MAX_RANKS_NAMED = 8
 
 
-def check_agreement(lines, what, fix, name, process_set=hvd.global_process_set):
+def check_agreement(
+    lines, what, fix, name, process_set=hvd.global_process_set, keys=None
+):
     """Checks that all ranks bring the same list of tensors to a collective.
 
     It takes one allreduce of three numbers. In a graph it needs nothing of the
@@ -36,6 +38,7 @@ def check_agreement(lines, what, fix, name, process_set=hvd.global_process_set):
         fix: String, what the error says to do.
         name: String, name of the operation, the same on every rank.
         process_set: The `ProcessSet` that compares. Defaults to all ranks.
+        keys: List of strings, what to compare. Defaults to `lines`.
 
     Returns:
         List of operations that the collective must wait for. In eager mode the
@@ -56,7 +59,8 @@ def check_agreement(lines, what, fix, name, process_set=hvd.global_process_set):
         )
 
     # TensorFlow merges equal operations of a graph, so the name counts too.
-    digest = zlib.crc32("\n".join([name, *lines]).encode()) % DIGESTS
+    text = "\n".join([name, *(lines if keys is None else keys)])
+    digest = zlib.crc32(text.encode()) % DIGESTS
     mine = not_folded(tf.constant([1, digest, digest**2], tf.int64))
     # On a GPU, the result would wait for the operations before it.
     with tf.device("CPU"):
@@ -88,9 +92,11 @@ def check_agreement(lines, what, fix, name, process_set=hvd.global_process_set):
 def described(variables, tensors=None, among=()):
     """Returns a line for each variable that has a tensor.
 
-    Keras numbers names by what a process has made before: the first layer may
-    be `dense` on one rank and `dense_3` on another. So only the order of these
-    numbers counts.
+    The ranks may know a variable by different paths. Keras numbers names by
+    what a process has made before: the first layer may be `dense` on one rank
+    and `dense_3` on another. So only the order of these numbers counts. In a
+    model from a file, a path lacks the name of the model. So only the layer and
+    the name of the variable count.
 
     Args:
         variables: List of `keras.Variable`, `tf.Variable` or tensors.
@@ -112,21 +118,21 @@ def described(variables, tensors=None, among=()):
         name, found = _name_and_numbers(variable)
         place = order[name].index(found)
         name += f", number {place + 1}" * (place > 0)
-        dtype = tf.as_dtype(tensor.dtype).name
-        sparse = "sparse " * isinstance(tensor, tf.IndexedSlices)
-        lines.append(f"{name} ({sparse}{dtype}, shape {_shape(tensor)})")
+        lines.append(f"{name} ({kind(tensor)})")
     return lines
 
 
-def _shape(tensor):
+def kind(tensor):
+    """Returns the dtype and the shape of a tensor in words."""
+    dtype = tf.as_dtype(tensor.dtype).name
     # Another rank may have traced a sparse gradient with a known shape.
     if isinstance(tensor, tf.IndexedSlices):
-        return "of the variable"
-    return tuple(tensor.shape)
+        return f"sparse {dtype}"
+    return f"{dtype}, shape {tuple(tensor.shape)}"
 
 
 def _name_and_numbers(variable):
-    """Returns a variable's path without numbers, and these numbers."""
+    """Returns a variable's short path without numbers, and these numbers."""
     if isinstance(variable, keras.Variable):
         return _split(variable.path)
     if isinstance(variable, tf.Variable):
@@ -136,7 +142,8 @@ def _name_and_numbers(variable):
 
 @functools.cache
 def _split(path):
-    """Splits `sgd/dense_3_kernel` into `sgd/dense_kernel` and (3,)."""
+    """Splits `net_1/dense_3/kernel` into `dense/kernel` and (3,)."""
+    path = "/".join(path.split("/")[-2:])
     numbers = r"_(\d+)(?=_|/|$)"
     found = tuple(int(number) for number in re.findall(numbers, path))
     return re.sub(numbers, "", path), found

@@ -51,16 +51,16 @@ class DistributedApply:
     Args:
         optimizer: The `keras.optimizers.Optimizer`.
         reduction: The `GradientReduction`.
-        passes: Integer, the calls per update.
-        average: Whether to divide accumulated gradients by `passes`.
+        arguments: Dictionary, the arguments of `DistributedOptimizer`.
     """
 
-    def __init__(self, optimizer, reduction, passes, average):
+    def __init__(self, optimizer, reduction, arguments):
+        self.arguments = arguments
         self._optimizer = optimizer
         self._local_apply = optimizer.apply
         self._reduction = reduction
-        self._passes = passes
-        self._average = average
+        self._passes = arguments["backward_passes_per_step"]
+        self._average = arguments["average_aggregated_gradients"]
         # Not the optimizer's variables: plain Keras must load its saved state.
         self._accumulators = None
         self._passes_done = None
@@ -75,11 +75,12 @@ class DistributedApply:
     def is_local(self, variable):
         return self._reduction.is_local(variable)
 
+    def has_local_variables(self):
+        return self._reduction.has_local_variables()
+
     def around(self, optimizer):
         """Returns the `apply` for an optimizer that calls this one inside."""
-        outer = DistributedApply(
-            optimizer, self._reduction, self._passes, self._average
-        )
+        outer = DistributedApply(optimizer, self._reduction, self.arguments)
         outer._inner = self
         return outer
 

@@ -120,6 +120,14 @@ def PartialDistributedGradientTape(
     return tape
 
 
+_has_reduced = False
+
+
+def tape_has_reduced():
+    """Whether a `DistributedGradientTape` of this process has been used."""
+    return _has_reduced
+
+
 class _DistributedGradientTape(tf.GradientTape):
     def __init__(self, gradtape, reduction):
         copy_recording(gradtape, self)
@@ -197,6 +205,8 @@ class _DistributedGradientTape(tf.GradientTape):
     def _reduced(self, gradients, sources):
         if not self._reduces:
             return gradients
+        global _has_reduced
+        _has_reduced = True
         reduced = self._reduction(
             tf.nest.flatten(gradients), tf.nest.flatten(sources)
         )

@@ -15,6 +15,8 @@ from horovod.common.elastic import State
 from horovod.common.elastic import notification_manager
 from tensorflow.python.ops import control_flow_util
 
+from keras_lars._unwrap import innermost
+
 __all__ = [
     "PRIVATE_NAMES",
     "Checkpoint",
@@ -54,6 +56,16 @@ PRIVATE_NAMES = [
         lambda: keras.optimizers.LossScaleOptimizer,
         "__init__",
         "Patched: compile() makes one, and nothing else sees it.",
+    ),
+    PrivateName(
+        lambda: keras.Model,
+        "__reduce__",
+        "Patched: a copy of a model would lose its DistributedOptimizer.",
+    ),
+    PrivateName(
+        lambda: keras.optimizers.Optimizer,
+        "__reduce__",
+        "Patched: a copy of an optimizer would no longer be distributed.",
     ),
     PrivateName(
         lambda: keras.layers.BatchNormalization(),
@@ -101,14 +113,16 @@ PRIVATE_NAMES = [
 _is_installed = False
 
 
-def install(after_loss_scale_init, make_train_function):
-    """Patches two methods of Keras, in the first call alone.
+def install(after_loss_scale_init, make_train_function, reduce):
+    """Patches four methods of Keras, in the first call alone.
 
     Args:
         after_loss_scale_init: Function of a new `LossScaleOptimizer` and the
             optimizer inside it.
         make_train_function: Function of a model, `force`, and Keras's own
             `make_train_function`, which it stands in for.
+        reduce: Function of a model or an optimizer, and Keras's own
+            `__reduce__`, which it stands in for.
     """
     global _is_installed
     if _is_installed:
@@ -132,6 +146,19 @@ def install(after_loss_scale_init, make_train_function):
         return make_train_function(self, force, plain_make)
 
     keras.Model.make_train_function = make
+
+    for saveable in (keras.Model, keras.optimizers.Optimizer):
+        saveable.__reduce__ = _calling(reduce, saveable.__reduce__)
+
+
+def _calling(reduce, plain):
+    """Returns a method that calls `reduce` with its object and `plain`."""
+
+    @functools.wraps(plain)
+    def method(self):
+        return reduce(self, plain)
+
+    return method
 
 
 class Checkpoint(keras.callbacks.ModelCheckpoint):
@@ -157,7 +184,8 @@ def replace_moments(layer, moments):
 
 def trained_variables(optimizer):
     """Returns the variables that a built optimizer trains."""
-    return optimizer._trainable_variables
+    # The LossScaleOptimizer of Keras 3.10 does not know them.
+    return innermost(optimizer)._trainable_variables
 
 
 def rmsprop_momentums(optimizer):

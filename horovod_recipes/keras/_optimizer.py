@@ -8,6 +8,7 @@ import horovod.tensorflow as hvd
 import keras
 
 from horovod_recipes.keras import _keras_hooks
+from horovod_recipes.keras._copying import reduce
 from horovod_recipes.keras._distributed_apply import DistributedApply
 from horovod_recipes.keras._distributed_apply import distribute_loss_scale
 from horovod_recipes.keras._distributed_apply import is_distributed
@@ -36,7 +37,10 @@ def DistributedOptimizer(
     """Makes a Keras optimizer apply the mean of all ranks' gradients.
 
     This changes the optimizer and returns it. Its class, config and state stay
-    the same, so a model saved with it loads without Horovod.
+    the same, so a model saved with it loads without Horovod. What is loaded
+    from a file, made by `from_config` or compiled after
+    `keras.models.clone_model` must be distributed again. What `copy` or
+    `pickle` copies is distributed.
 
     A `LossScaleOptimizer` may be inside the optimizer or around it. `compile()`
     puts one around it under the policy `mixed_float16`. In both cases all ranks
@@ -111,27 +115,29 @@ def DistributedOptimizer(
             "Received: "
             f"backward_passes_per_step={backward_passes_per_step!r}"
         )
+    options = {
+        "device_dense": device_dense,
+        "device_sparse": device_sparse,
+        "compression": compression,
+        "sparse_as_dense": sparse_as_dense,
+        "gradient_predivide_factor": gradient_predivide_factor,
+        "op": op,
+        "num_groups": num_groups,
+        "groups": groups,
+        "process_set": process_set,
+        "scale_local_gradients": scale_local_gradients,
+    }
+    passes = {
+        "backward_passes_per_step": backward_passes_per_step,
+        "average_aggregated_gradients": average_aggregated_gradients,
+    }
     reduction = GradientReduction(
         name or f"Distributed{type(optimizer).__name__}",
-        ReductionOptions(
-            device_dense=device_dense,
-            device_sparse=device_sparse,
-            compression=compression,
-            sparse_as_dense=sparse_as_dense,
-            gradient_predivide_factor=gradient_predivide_factor,
-            op=op,
-            num_groups=num_groups,
-            groups=groups,
-            process_set=process_set,
-            scale_local_gradients=scale_local_gradients,
-        ),
+        ReductionOptions(**options),
     )
-    _keras_hooks.install(distribute_loss_scale, make_train_function)
+    _keras_hooks.install(distribute_loss_scale, make_train_function, reduce)
     optimizer.apply = DistributedApply(
-        optimizer,
-        reduction,
-        backward_passes_per_step,
-        average_aggregated_gradients,
+        optimizer, reduction, {"name": name} | options | passes
     )
     optimizer.register_local_var = reduction.register_local
     return optimizer

@@ -72,6 +72,9 @@ class GradientReduction:
     def is_local(self, variable):
         return variable_key(variable) in self._local_keys
 
+    def has_local_variables(self):
+        return bool(self._local_keys)
+
     # Converting Horovod's code would take seconds in a user's tf.function.
     @tf.autograph.experimental.do_not_convert
     def __call__(self, grads, variables, all_variables=()):

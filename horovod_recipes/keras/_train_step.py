@@ -2,10 +2,11 @@
 
 import warnings
 
-import keras
 import tensorflow as tf
 
 from horovod_recipes.keras._distributed_apply import is_distributed
+from horovod_recipes.keras._optimizers_of import has_own_train_step
+from horovod_recipes.keras._optimizers_of import optimizers_of
 
 
 def make_train_function(model, force, plain):
@@ -23,8 +24,8 @@ def make_train_function(model, force, plain):
     """
     if model.train_function is not None and not force:
         return model.train_function
-    optimizer = getattr(model, "optimizer", None)
-    if not is_distributed(optimizer) or not model.jit_compile:
+    optimizers = optimizers_of(model).values()
+    if not any(map(is_distributed, optimizers)) or not model.jit_compile:
         return plain(model, force)
     obstacle = obstacle_to_xla(model)
     if obstacle:
@@ -37,8 +38,8 @@ def make_train_function(model, force, plain):
         model.jit_compile = False
         return plain(model, force)
     # XLA would keep the first loss scale of an optimizer without variables.
-    if not optimizer.built:
-        optimizer.build(model.trainable_variables)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
     # The function keeps both attributes as they are now. XLA still compiles
     # evaluation, which has no operations of Horovod.
     model.train_step = split_train_step(model)
@@ -57,9 +58,10 @@ def obstacle_to_xla(model):
         return "it is not built before its first step"
     # A split step updates the metrics before the weights. Keras's own step
     # gives the same result in either order.
-    train_step = getattr(model.train_step, "__func__", None)
-    if train_step is not keras.Model.train_step:
+    if has_own_train_step(model):
         return "it has a train_step of its own"
+    if not is_distributed(model.optimizer):
+        return "its compiled optimizer is not distributed"
     return None
 
 

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from horovod_recipes.keras._agreement import check_agreement
 from horovod_recipes.keras._agreement import described
+from horovod_recipes.keras._agreement import kind
 
 # What an error says to do where the ranks' variables differ.
 FIX = (
@@ -40,6 +41,7 @@ def broadcast_variables(
         FIX,
         "broadcast_agreement",
         process_set,
+        keys=[kind(variable) for variable in variables],
     )
     with tf.control_dependencies(agreement):
         _broadcast(variables, root_rank, process_set, inplace)
@@ -115,7 +117,11 @@ def sum_over_ranks(variables):
         ValueError: On every rank, if the ranks pass different variables.
     """
     agreement = check_agreement(
-        described(variables), "variables to add up", FIX, "sum_agreement"
+        described(variables),
+        "variables to add up",
+        FIX,
+        "sum_agreement",
+        keys=[kind(variable) for variable in variables],
     )
     if not variables:
         return []

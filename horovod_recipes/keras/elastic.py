@@ -28,6 +28,7 @@ from horovod_recipes.keras._distributed_apply import is_within_update
 from horovod_recipes.keras._keras_hooks import State
 from horovod_recipes.keras._keras_hooks import is_seed
 from horovod_recipes.keras._keras_hooks import notification_manager
+from horovod_recipes.keras._optimizers_of import optimizers_of
 from horovod_recipes.keras._variables import broadcast_variables
 from horovod_recipes.keras._watchdog import is_lost_rank
 
@@ -107,13 +108,14 @@ class KerasState(State):
 
     Args:
         model: A built `keras.Model`.
-        optimizer: The model's optimizer. Defaults to the one it was compiled
-            with.
+        optimizer: The model's optimizer. Defaults to all optimizers that are
+            attributes of the model, as the one it was compiled with.
         **kwargs: Values to share. Each becomes an attribute of the state. A
             value is an `ElasticSampler`, or any object that can be pickled.
 
     Raises:
-        ValueError: If the model is not built or does not have an optimizer.
+        ValueError: If the model is not built, has no optimizer, or has an
+            optimizer besides the compiled one that is not built.
     """
 
     def __init__(self, model, optimizer=None, **kwargs):
@@ -124,13 +126,23 @@ class KerasState(State):
             )
         self.model = model
         self.optimizer = optimizer or getattr(model, "optimizer", None)
-        if self.optimizer is None:
+        self._optimizers = (
+            [optimizer] if optimizer else list(optimizers_of(model).values())
+        )
+        if not self._optimizers:
             raise ValueError(
                 "Argument `optimizer` is missing: pass it, or compile the "
                 "model with it first."
             )
-        if not self.optimizer.built:
+        if self.optimizer is not None and not self.optimizer.built:
             self.optimizer.build(model.trainable_variables)
+        for other in self._optimizers:
+            if not other.built:
+                raise ValueError(
+                    f"The optimizer {other.name!r} of the model must be built "
+                    "first: call `optimizer.build(variables)` with the "
+                    "variables that it trains."
+                )
         super().__init__(bcast_object=broadcast_object, get_rank=rank)
         for name, value in kwargs.items():
             setattr(self, name, value)
@@ -155,12 +167,12 @@ class KerasState(State):
         Raises:
             HostsUpdatedInterrupt: For `run`.
         """
-        if not is_within_update(self.optimizer):
+        if not any(map(is_within_update, self._optimizers)):
             super().commit()
 
     def check_host_updates(self):
         """Keeps a copy of the state and stops if the hosts have changed."""
-        if is_within_update(self.optimizer):
+        if any(map(is_within_update, self._optimizers)):
             return
         try:
             super().check_host_updates()
@@ -182,7 +194,8 @@ class KerasState(State):
             self._variables(), self._saved_variables, strict=True
         ):
             variable.assign(value)
-        discard_accumulated(self.optimizer)
+        for optimizer in self._optimizers:
+            discard_accumulated(optimizer)
         for sampler, saved in zip(
             self.samplers, self._saved_samplers, strict=True
         ):
@@ -197,8 +210,9 @@ class KerasState(State):
         """
         commits = allgather_object(self._commits)
         root = int(np.argmax(commits))
-        broadcast_variables(self.model.weights + self.optimizer.variables, root)
-        discard_accumulated(self.optimizer)
+        broadcast_variables(self.model.weights + self._states(), root)
+        for optimizer in self._optimizers:
+            discard_accumulated(optimizer)
         samplers, self._saved_values, self._commits = broadcast_object(
             (self._saved_samplers, self._saved_values, self._commits), root
         )
@@ -246,8 +260,11 @@ class KerasState(State):
         return (
             self.model.weights
             + [v for v in self.model.variables if is_seed(v)]
-            + self.optimizer.variables
+            + self._states()
         )
+
+    def _states(self):
+        return [v for o in self._optimizers for v in o.variables]
 
 
 class TensorFlowKerasState(KerasState):

@@ -98,7 +98,7 @@ def test_equals_training_without_xla(passes):
     for (path, a), b in zip(
         state(plain).items(), state(model).values(), strict=True
     ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5, err_msg=path)
     for name, values in plain_history.items():
         assert history[name] == pytest.approx(values, rel=1e-5), name
     assert_same_on_all_ranks(model.trainable_variables)
@@ -182,7 +182,7 @@ def test_default_on_a_gpu_machine_without_the_callback(gpu):
     start = plain.get_weights()[0]
     fit(plain, [])
     for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
     assert np.abs(model.get_weights()[0] - start).max() > 1e-2
     assert_same_on_all_ranks(model.trainable_variables)
 

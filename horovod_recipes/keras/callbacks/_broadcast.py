@@ -4,12 +4,17 @@ import keras
 import tensorflow as tf
 
 from horovod_recipes.keras._distributed_apply import is_distributed
+from horovod_recipes.keras._gradient_tape import tape_has_reduced
+from horovod_recipes.keras._optimizers_of import has_own_train_step
+from horovod_recipes.keras._optimizers_of import optimizers_of
 from horovod_recipes.keras._variables import average_variables
 from horovod_recipes.keras._variables import broadcast_variables
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Gives all ranks one rank's weights and optimizer state before step 1.
+    """Gives all ranks one rank's weights and optimizer states before step 1.
+
+    It broadcasts the states of all optimizers that are attributes of the model.
 
     Each rank keeps the states of its random generators, so dropout masks differ
     between ranks. Keras traces the training step again: an earlier trace may be
@@ -29,7 +34,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     Raises:
         ValueError: If `local_variables` holds anything other than variables.
             When training begins, if the model's optimizer does not come from
-            `DistributedOptimizer`.
+            `DistributedOptimizer`. After step 1 of a model with a `train_step`
+            of its own, if an optimizer was used that does not, and no
+            `DistributedGradientTape` was used.
     """
 
     def __init__(self, root_rank, device="", local_variables=None):
@@ -52,30 +59,34 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._local_variables.append(var)
 
     def on_train_begin(self, logs=None):
-        optimizer = self.model.optimizer
-        if not is_distributed(optimizer):
-            raise ValueError(
-                f"The model was compiled with {type(optimizer).__name__}, "
-                "which would not average gradients over the ranks. Use "
-                "hvd.DistributedOptimizer(optimizer) of horovod_recipes.keras."
-            )
-        self.model.make_train_function(force=True)
-        self._pending = not self.model.built
-        if self.model.built:
-            if not optimizer.built:
-                optimizer.build(self.model.trainable_variables)
-            self._broadcast()
+        model = self.model
+        if not has_own_train_step(model):
+            _check_distributed({"optimizer": model.optimizer})
+            if model.built and not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+        model.make_train_function(force=True)
+        # Step 1 creates what is not built, and shows what the step uses.
+        self._pending = not model.built or has_own_train_step(model)
+        self._broadcast()
 
     def on_train_batch_end(self, batch, logs=None):
         if self._pending:
-            self._broadcast()
+            if not tape_has_reduced():
+                _check_distributed(_used_optimizers(self.model))
+            if not self.model.built:
+                self._broadcast()
             self._pending = False
 
     def _broadcast(self):
+        states = [
+            variable
+            for optimizer in optimizers_of(self.model).values()
+            for variable in optimizer.variables
+        ]
         # Unlike `variables`, `weights` leaves out metrics and seeds.
         variables = [
             variable
-            for variable in self.model.weights + self.model.optimizer.variables
+            for variable in self.model.weights + states
             if not any(
                 local is variable or local is variable.value
                 for local in self._local_variables
@@ -99,6 +110,28 @@ class AverageNonTrainableWeights(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         average_variables(self.model.non_trainable_weights)
+
+
+def _used_optimizers(model):
+    return {
+        place: optimizer
+        for place, optimizer in optimizers_of(model).items()
+        if int(optimizer.iterations) > 0
+    }
+
+
+def _check_distributed(optimizers):
+    """Raises if one of the optimizers would not average gradients."""
+    for place, optimizer in optimizers.items():
+        if not is_distributed(optimizer):
+            raise ValueError(
+                f"The model's attribute {place} is a "
+                f"{type(optimizer).__name__} that does not average gradients "
+                "over the ranks. Wrap it: hvd.DistributedOptimizer(optimizer) "
+                "of horovod_recipes.keras. An optimizer that comes from "
+                "from_config or from a loaded file, and that of a cloned "
+                "model, must be wrapped again."
+            )
 
 
 def _is_variable(value):

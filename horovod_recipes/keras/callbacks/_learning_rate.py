@@ -6,7 +6,9 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras._distributed_apply import is_distributed
 from horovod_recipes.keras._keras_hooks import rmsprop_momentums
+from horovod_recipes.keras._optimizers_of import optimizers_of
 from keras_lars import LARS
 from keras_lars._unwrap import innermost
 
@@ -45,6 +47,9 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             their velocities do not contain the rate. Defaults to `True`.
         steps_per_epoch: Integer, the batches in an epoch. Defaults to the
             number that Keras finds in the dataset.
+        optimizer: The optimizer whose rate to set. Defaults to the only
+            distributed one that is an attribute of the model, or to the one
+            it was compiled with.
 
     Raises:
         ValueError: If `initial_lr` is None. When training begins, if the
@@ -64,6 +69,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         staircase=True,
         momentum_correction=True,
         steps_per_epoch=None,
+        optimizer=None,
     ):
         super().__init__()
         if initial_lr is None:
@@ -77,9 +83,10 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self.staircase = staircase
         self.momentum_correction = momentum_correction
         self.steps_per_epoch = steps_per_epoch
+        self.optimizer = optimizer
 
     def on_train_begin(self, logs=None):
-        optimizer = innermost(self.model.optimizer)
+        optimizer = self._find_optimizer()
         if not isinstance(optimizer.learning_rate, keras.Variable):
             raise ValueError(
                 f"{type(self).__name__} sets the optimizer's learning rate, "
@@ -98,6 +105,23 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
                     "epoch of this dataset has: pass steps_per_epoch."
                 )
 
+    def _find_optimizer(self):
+        if self.optimizer is not None:
+            return innermost(self.optimizer)
+        optimizers = {
+            place: optimizer
+            for place, optimizer in optimizers_of(self.model).items()
+            if is_distributed(optimizer)
+        }
+        if len(optimizers) > 1:
+            raise ValueError(
+                f"{type(self).__name__} sets the rate of one optimizer, but "
+                f"the model has {', '.join(optimizers)}. Pass one of them as "
+                "the argument `optimizer`."
+            )
+        (optimizer,) = optimizers.values() or [self.model.optimizer]
+        return innermost(optimizer)
+
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
 
@@ -112,10 +136,10 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None:
-            logs["lr"] = float(self.model.optimizer.learning_rate)
+            logs["lr"] = float(self._find_optimizer().learning_rate)
 
     def _set_learning_rate(self, epoch):
-        optimizer = innermost(self.model.optimizer)
+        optimizer = self._find_optimizer()
         old = float(optimizer.learning_rate)
         optimizer.learning_rate = self.initial_lr * self.multiplier(epoch)
         new = float(optimizer.learning_rate)
@@ -145,6 +169,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         steps_per_epoch: As for `LearningRateScheduleCallback`.
         verbose: 1 for a line on rank 0 when the warm-up ends, or 0. Defaults
             to `0`.
+        optimizer: As for `LearningRateScheduleCallback`.
 
     Raises:
         ValueError: As `LearningRateScheduleCallback`.
@@ -160,6 +185,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         momentum_correction=True,
         steps_per_epoch=None,
         verbose=0,
+        optimizer=None,
     ):
         super().__init__(
             initial_lr,
@@ -168,6 +194,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             staircase=False,
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,
+            optimizer=optimizer,
         )
         self.verbose = verbose
 
@@ -182,7 +209,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         if epoch == self.end_epoch - 1 and self.verbose and hvd.rank() == 0:
-            rate = float(self.model.optimizer.learning_rate)
+            rate = float(self._find_optimizer().learning_rate)
             print(
                 f"\nEpoch {epoch + 1}: finished gradual learning rate warmup "
                 f"to {rate:g}."

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from horovod_recipes.keras._distributed_apply import is_local
+from horovod_recipes.keras._optimizers_of import optimizers_of
 
 # An error names at most this many variables, and this many ranks of each.
 MAX_VARIABLES_NAMED = 3
@@ -23,11 +24,11 @@ class ReplicaCheck(keras.callbacks.Callback):
     """Ends training on every rank when the ranks' replicas differ.
 
     It compares checksums over all bits of the trainable weights and the
-    optimizer's variables. They change if one number changes or two numbers are
-    swapped. A NaN equals the same NaN. A check takes one pass over the
-    variables and one allgather of 8 bytes per rank. It leaves out the states of
-    random generators. It also leaves out variables given to the optimizer's
-    `register_local_var`, with their optimizer state.
+    variables of the model's optimizers. They change if one number changes or
+    two numbers are swapped. A NaN equals the same NaN. A check takes one pass
+    over the variables and one allgather of 8 bytes per rank. It leaves out the
+    states of random generators. It also leaves out variables given to an
+    optimizer's `register_local_var`, with their optimizer state.
 
     Args:
         every_n_steps: Integer >= 1, the calls of the training step between two
@@ -85,7 +86,8 @@ class ReplicaCheck(keras.callbacks.Callback):
         if len(set(digests.numpy())) == 1:
             return
         paths = [variable.path for variable in self._variables]
-        update = int(self.model.optimizer.iterations)
+        optimizers = optimizers_of(self.model).values()
+        update = max(int(optimizer.iterations) for optimizer in optimizers)
         of_ranks = hvd.allgather_object((update, paths, checksums.tolist()))
         update, paths, _ = of_ranks[0]
         difference = describe_difference(
@@ -99,14 +101,18 @@ class ReplicaCheck(keras.callbacks.Callback):
         )
 
     def _replicated_variables(self):
-        optimizer = self.model.optimizer
+        optimizers = optimizers_of(self.model).values()
         trainable = self.model.trainable_variables
-        variables = [v for v in trainable if not is_local(optimizer, v)]
+
+        def is_replicated(variable):
+            return not any(is_local(o, variable) for o in optimizers)
+
+        variables = [v for v in trainable if is_replicated(v)]
         if self._non_trainable_weights:
             variables += self.model.non_trainable_weights
-        for state in optimizer.variables:
+        for state in [s for o in optimizers for s in o.variables]:
             owner = _owner(state, trainable)
-            if owner is None or not is_local(optimizer, owner):
+            if owner is None or is_replicated(owner):
                 variables.append(state)
         return variables
 

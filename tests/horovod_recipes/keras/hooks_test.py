@@ -78,7 +78,9 @@ assert changed(plain) == set(), changed(plain)
 hvd.DistributedOptimizer(keras.optimizers.SGD())
 assert changed(plain) == {
     "LossScaleOptimizer.__init__",
+    "Model.__reduce__",
     "Model.make_train_function",
+    "Optimizer.__reduce__",
 }, changed(plain)
 
 patched = methods()

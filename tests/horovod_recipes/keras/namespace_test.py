@@ -18,6 +18,8 @@ DIFFERENT_ARGUMENTS = {
         "Horovod calls the remaining arguments **kwargs.",
     ),
 }
+# Arguments that only ours have.
+ADDED_ARGUMENTS = {"optimizer"}
 # Names that `horovod.tensorflow.keras` does not have, and their origin.
 ADDED = {
     "DistributedGradientTape": horovod.tensorflow,
