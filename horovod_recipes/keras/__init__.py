@@ -6,7 +6,7 @@ without an error. Import this module instead:
     import horovod_recipes.keras as hvd
 
 Importing it changes nothing in Keras. The first `DistributedOptimizer` patches
-two methods of Keras; see `_keras_hooks.py`.
+four methods of Keras; see `_keras_hooks.py`.
 """
 
 import keras

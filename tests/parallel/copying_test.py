@@ -34,7 +34,13 @@ def broadcast(value):
 
 
 WAYS = pytest.mark.parametrize(
-    "duplicate", [copy.copy, copy.deepcopy, pickled, broadcast]
+    "duplicate",
+    [
+        pytest.param(copy.copy, marks=pytest.mark.slow),
+        copy.deepcopy,
+        pytest.param(pickled, marks=pytest.mark.slow),
+        broadcast,
+    ],
 )
 
 
@@ -92,6 +98,7 @@ def test_arguments_survive():
     ]
 
 
+@pytest.mark.slow
 def test_under_mixed_precision():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -111,6 +118,7 @@ def test_what_a_copy_would_lose_is_refused():
         copy.deepcopy(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["clone", "config", "file"])
 def test_what_is_not_copied_must_be_distributed_again(how, tmp_path):
     model = create_model()

@@ -248,6 +248,7 @@ def test_commits_with_steps_per_execution():
     assert commits.found == [(0, 2, 2), (0, 4, 4), (1, 0, 6)]
 
 
+@pytest.mark.slow
 def test_more_batches_than_the_sampler_has_are_an_error():
     """Keras makes 6 steps instead of 5. fit would end at the sixth."""
     sampler = hvd.elastic.ElasticSampler(10, 2)

@@ -96,6 +96,7 @@ def test_two_optimizers(create, arguments):
     assert_trained_alike(model, start)
 
 
+@pytest.mark.slow
 def test_states_of_all_optimizers_are_broadcast():
     """A second `fit` begins with states that differ between the ranks."""
     model = Gan()
@@ -140,6 +141,7 @@ def test_optimizer_that_would_not_average_is_named(place, monkeypatch):
     fit(model, epochs=1)
 
 
+@pytest.mark.slow
 def test_learning_rate_of_one_of_two_optimizers():
     model = Gan()
     model.compile()
@@ -186,6 +188,7 @@ def build(model):
     return model
 
 
+@pytest.mark.slow
 def test_multi_optimizer_of_keras():
     multi = getattr(keras.optimizers, "MultiOptimizer", None)
     if multi is None:

@@ -65,17 +65,19 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             if model.built and not model.optimizer.built:
                 model.optimizer.build(model.trainable_variables)
         model.make_train_function(force=True)
-        # Step 1 creates what is not built, and shows what the step uses.
-        self._pending = not model.built or has_own_train_step(model)
+        # Step 1 creates what is not built, and shows which optimizers it uses.
+        self._was_built = model.built
+        self._is_first_step = True
         self._broadcast()
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._pending:
-            if not tape_has_reduced():
-                _check_distributed(_used_optimizers(self.model))
-            if not self.model.built:
-                self._broadcast()
-            self._pending = False
+        if not self._is_first_step:
+            return
+        self._is_first_step = False
+        if not tape_has_reduced():
+            _check_distributed(_used_optimizers(self.model))
+        if not self._was_built:
+            self._broadcast()
 
     def _broadcast(self):
         states = [

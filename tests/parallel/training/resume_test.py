@@ -135,6 +135,7 @@ class StopAfterEpoch(keras.callbacks.Callback):
         self.model.stop_training = epoch == self._epoch
 
 
+@pytest.mark.slow
 def test_callback_stops_a_job_that_was_resumed_in_an_epoch(shared_folder):
     """Its epoch is evaluated, though the config evaluates later ones only."""
     workdir = shared_folder / "run"
