@@ -155,7 +155,7 @@ def check_source(config, source):
         if dataset[key] != found:
             raise JobError(
                 f"the config has dataset.{key}={dataset[key]}, but the "
-                f"dataset {dataset.name!r} on disk has {found}: was an archive "
-                "cut short when it was prepared? To use it as it is: "
+                f"dataset {dataset.name!r} on disk has {found}: "
+                f"{source.why_another_number()} To use it as it is: "
                 f"--config.dataset.{key}={found}"
             )

@@ -2,6 +2,22 @@
 
 import tensorflow as tf
 
+# The first bytes of every JPEG, and the last ones unless something follows it.
+JPEG_BEGIN = b"\xff\xd8\xff"
+JPEG_END = b"\xff\xd9"
+
+
+def is_whole_jpeg(encoded):
+    """Whether an image, or each of several, begins and ends as a JPEG.
+
+    One that does not end so may have been cut.
+    """
+    length = tf.strings.length(encoded)
+    begin = tf.strings.substr(encoded, 0, 3)
+    two = 2 * tf.ones_like(length)
+    end = tf.strings.substr(encoded, tf.maximum(length - 2, 0), two)
+    return (begin == JPEG_BEGIN) & (end == JPEG_END)
+
 
 def decode_whole(encoded, shape, is_jpeg):
     """Returns the whole image as uint8 pixels of `shape`.
@@ -9,7 +25,7 @@ def decode_whole(encoded, shape, is_jpeg):
     Args:
         encoded: String.
         shape: Tuple `(height, width, channels)` of the result.
-        is_jpeg: Whether the caller knows that the image is a JPEG.
+        is_jpeg: Whether the caller knows that the image is a whole JPEG.
     """
     if is_jpeg:
         image = tf.io.decode_jpeg(encoded, channels=shape[-1])
@@ -26,7 +42,7 @@ def decode_window(encoded, window, shape, is_jpeg):
         window: Function. It gets the image's height and width, float32 `[2]`,
             and returns top, left, height and width, float32 or int32 `[4]`.
         shape: Tuple `(height, width, channels)` of the result.
-        is_jpeg: Whether the caller knows that the image is a JPEG.
+        is_jpeg: Whether the caller knows that the image is a whole JPEG.
     """
 
     def rounded(size):
@@ -42,6 +58,11 @@ def decode_window(encoded, window, shape, is_jpeg):
             encoded, rounded(size), channels=shape[-1]
         )
 
+    def crop_cut_jpeg():
+        # A window above the place where the file was cut would hide the cut.
+        with tf.control_dependencies([tf.io.decode_jpeg(encoded)]):
+            return crop_jpeg()
+
     def crop_other():
         image = _decode_any(encoded, shape)
         top, left, height, width = tf.unstack(rounded(tf.shape(image)[:2]))
@@ -51,13 +72,29 @@ def decode_window(encoded, window, shape, is_jpeg):
         image = crop_jpeg()
     else:
         # One ImageNet file is a PNG although its name ends in .JPEG.
-        image = tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_other)
+        image = tf.cond(
+            is_whole_jpeg(encoded),
+            crop_jpeg,
+            lambda: tf.cond(tf.io.is_jpeg(encoded), crop_cut_jpeg, crop_other),
+        )
     return _resize(image, shape)
 
 
 def _decode_any(encoded, shape):
-    return tf.io.decode_image(
-        encoded, channels=shape[-1], expand_animations=False
+    with tf.control_dependencies([_check_bitmap(encoded)]):
+        return tf.io.decode_image(
+            encoded, channels=shape[-1], expand_animations=False
+        )
+
+
+def _check_bitmap(encoded):
+    """Fails for a bitmap with a palette: TensorFlow ignores the palette."""
+    is_bitmap = tf.strings.substr(encoded, 0, 2) == b"BM"
+    bits_per_pixel = tf.cond(
+        is_bitmap, lambda: tf.strings.substr(encoded, 28, 2), lambda: b""
+    )
+    return tf.debugging.Assert(
+        bits_per_pixel != b"\x08\x00", ["a bitmap with a palette"]
     )
 
 

@@ -5,20 +5,21 @@ The shuffle buffer holds encoded images. Batches are uint8; the model converts
 them to floats.
 """
 
+import base64
 import dataclasses
+import re
 import sys
 
 import tensorflow as tf
 
 from horovod_recipes.data.augmentations import AUGMENTATIONS
+from horovod_recipes.data.decoding import is_whole_jpeg
 
 # Images that one thread parses and decodes together.
 # The fixed cost of a group is negligible at this size.
 IMAGES_PER_GROUP = 32
 # Batches prepared in advance. The second one absorbs a slow batch.
 PREFETCHED_BATCHES = 2
-# The first bytes of every JPEG.
-JPEG_MARK = b"\xff\xd8\xff"
 
 
 class CorruptImages:
@@ -50,7 +51,7 @@ class CorruptImages:
 
     def _skip(self, names):
         for name in names:
-            name = name.decode()
+            name = _printable(name)
             if name not in self.names:
                 self.names.add(name)
                 print(f"warning: skipped corrupt image {name}", file=sys.stderr)
@@ -208,7 +209,7 @@ def _decode(records, source, augmentation, key, shape, rank_input):
             )
 
         images, good = tf.cond(
-            tf.reduce_all(tf.strings.substr(encoded, 0, 3) == JPEG_MARK),
+            tf.reduce_all(is_whole_jpeg(encoded)),
             lambda: augmented(is_jpeg=True),
             lambda: augmented(is_jpeg=False),
         )
@@ -235,11 +236,31 @@ def _decode(records, source, augmentation, key, shape, rank_input):
 
 
 def _error_if_any(message, names):
-    """Returns an operation that fails and names the first name, if any."""
+    """Returns an operation that fails and names the first name, if any.
+
+    TensorFlow quotes and cuts text in errors, and needs UTF-8. So the name
+    follows once more, in base64.
+    """
     first = tf.strings.reduce_join(names[:1])
+    text = tf.strings.unicode_transcode(first, "UTF-8", "UTF-8")
+    encoded = tf.io.encode_base64(first, pad=True)
     return tf.debugging.Assert(
-        tf.equal(tf.size(names), 0), [tf.strings.join([message, first])]
+        tf.equal(tf.size(names), 0),
+        [tf.strings.join([message, text, " (base64:", encoded, ")"])],
     )
+
+
+def corrupt_image_of(error):
+    """Returns the name of the corrupt image that an error is about, or None."""
+    found = re.search(
+        r"corrupt image: .*?\(base64:([\w=-]+)\)", str(error), re.DOTALL
+    )
+    return found and _printable(base64.urlsafe_b64decode(found[1]))
+
+
+def _printable(name):
+    """Returns the bytes of a name as text of one line."""
+    return name.decode(errors="backslashreplace").replace("\n", "\\n")
 
 
 def _too_few_images(element_spec):

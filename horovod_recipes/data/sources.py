@@ -18,7 +18,7 @@ INTERLEAVED_FILES = 16
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def load_source(name, data_dir):
+def load_source(name, data_dir, splits=None):
     """Returns the source of a dataset that is on disk.
 
     Args:
@@ -26,13 +26,15 @@ def load_source(name, data_dir):
             in `data_dir/SPLIT/CLASS/`.
         data_dir: String. For `"folder"`, the folder that holds the splits;
             otherwise TFDS's data folder, or None for its default.
+        splits: List of strings, the splits of a `"folder"` whose classes
+            count. Defaults to all.
 
     Raises:
         JobError: If the dataset is unknown or not on disk, or if it does not
             hold images with one class each.
     """
     if name == "folder":
-        return FolderSource(data_dir)
+        return FolderSource(data_dir, splits)
     return TfdsSource(load_builder(name, data_dir))
 
 
@@ -82,6 +84,10 @@ class TfdsSource:
                 "class each"
             )
         self.num_classes = features[self._label].num_classes
+
+    def why_another_number(self):
+        """Returns what to look at where a number is not as expected."""
+        return "was an archive cut short when it was prepared?"
 
     def num_examples(self, split):
         """Returns the number of examples; raises `JobError` if it is 0."""
@@ -169,23 +175,45 @@ def _read_part(path, skip, take):
 class FolderSource:
     """Images in `folder/SPLIT/CLASS/NAME.jpg`, labelled by class folder.
 
+    Hidden entries, whose names begin with a dot, and `__MACOSX` do not count.
+
     Args:
-        folder: String. Labels number the sorted class names of all its splits.
+        folder: String. Labels number the sorted class names of its splits.
+        splits: As for `load_source`.
     """
 
     name = "folder"
 
-    def __init__(self, folder):
+    def __init__(self, folder, splits=None):
         self._folder = pathlib.Path(folder or "")
         if not folder or not self._folder.is_dir():
             raise JobError(
                 "dataset.data_dir must be a folder of images, SPLIT/CLASS/"
                 f"NAME.jpg, but {folder!r} is not a folder"
             )
-        self._classes = sorted(
-            {path.name for path in self._folder.glob("*/*") if path.is_dir()}
-        )
+        folders = _visible(self._folder)
+        if splits is not None:
+            folders = [self._folder / split for split in splits]
+        self._classes_of_splits = {
+            split.name: {path.name for path in _visible(split) if path.is_dir()}
+            for split in folders
+            if split.is_dir()
+        }
+        self._classes = sorted(set().union(*self._classes_of_splits.values()))
         self.num_classes = len(self._classes)
+
+    def why_another_number(self):
+        """Returns what to look at where a number is not as expected."""
+        notes = [f"its classes are {', '.join(self._classes) or 'none'}"]
+        for split, classes in self._classes_of_splits.items():
+            missing = sorted(set(self._classes) - classes)
+            if missing:
+                notes.append(f"{split} has no folder {', '.join(missing)}")
+            filled = {path.parent.name for path in self._paths(split)}
+            empty = sorted(classes - filled)
+            if empty:
+                notes.append(f"{split} has no image in {', '.join(empty)}")
+        return f"{'; '.join(notes)}; does each folder belong there?"
 
     def num_examples(self, split):
         """Returns the number of images; raises `JobError` if it is 0."""
@@ -205,13 +233,15 @@ class FolderSource:
         """Returns the contents of a rank's files; see `TfdsSource.records`."""
         paths = self._paths(split)[rank::ranks]
         labels = [self._classes.index(path.parent.name) for path in paths]
+        # As bytes, because a name may not be UTF-8.
+        names = [bytes(path) for path in paths]
         files = tf.data.Dataset.from_tensor_slices(
-            ([str(path) for path in paths], tf.constant(labels, tf.int64))
+            (names, tf.constant(labels, tf.int64))
         )
         if order is not None:
             files = files.shuffle(len(paths), seed=order)
         return files.map(
-            lambda path, label: (tf.io.read_file(path), label, path),
+            lambda path, label: (_content(path), label, path),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
 
@@ -222,9 +252,37 @@ class FolderSource:
     def _paths(self, split):
         return sorted(
             path
-            for path in (self._folder / split).glob("*/*")
+            for class_folder in _visible(self._folder / split)
+            for path in _visible(class_folder)
             if path.suffix.lower() in IMAGE_SUFFIXES
         )
+
+
+def _visible(folder):
+    """Returns the entries of a folder that people put there; may be empty."""
+    if not folder.is_dir():
+        return []
+    return [
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name != "__MACOSX"
+    ]
+
+
+def _content(path):
+    """Returns the content of a file, or an empty string if it is unreadable.
+
+    An empty image is corrupt, and handled as such.
+    """
+    # A graph cannot catch errors. A dataset can drop a failed element.
+    return (
+        tf.data.Dataset.from_tensors(path)
+        .map(tf.io.read_file)
+        .ignore_errors()
+        .concatenate(tf.data.Dataset.from_tensors(""))
+        .take(1)
+        .get_single_element()
+    )
 
 
 def _sized(shape, image_size, name):

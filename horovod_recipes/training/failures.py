@@ -1,12 +1,12 @@
 """Turns a failure on one rank into a clear error on every rank."""
 
 import contextlib
-import re
 
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.data.pipeline import corrupt_image_of
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 from horovod_recipes.errors import root_cause
@@ -53,10 +53,10 @@ def explained():
 
 
 def _stop_reason(error):
-    corrupt = re.search(r"corrupt image: ([^\]\n]+)", str(error))
+    corrupt = corrupt_image_of(error)
     if corrupt:
         return JobError(
-            f"rank {hvd.rank()} found a corrupt image: {corrupt[1]}; replace "
+            f"rank {hvd.rank()} found a corrupt image: {corrupt}; replace "
             "it, or train without it: --config.dataset.corrupt_images=skip"
         )
     if hvd.callbacks.is_lost_rank(error):

@@ -94,7 +94,12 @@ class Job:
 def prepare(config, name, workdir):
     """Returns the new `Job`, before `restore` reads its work folder."""
     with raised_on_every_rank():
-        source = load_source(config.dataset.name, config.dataset.data_dir)
+        dataset = config.dataset
+        source = load_source(
+            dataset.name,
+            dataset.data_dir,
+            [dataset.train_split, dataset.test_split],
+        )
         check_source(config, source)
         size = job_size(config, hvd.size())
         schedule = create_schedule(config, size)

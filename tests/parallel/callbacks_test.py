@@ -55,6 +55,23 @@ def test_broadcast_waits_for_a_model_without_an_input_shape():
     assert_same_on_all_ranks(variables)
 
 
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_unequal_numbers_of_steps_are_an_error_on_every_rank(as_dataset):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    callback = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    x, y = np.ones((of_rank(9, 8), 2)), np.ones((of_rank(9, 8), 1))
+    if as_dataset:
+        dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+        data = {"x": dataset, "shuffle": False}
+    else:
+        data = {"x": x, "y": y, "batch_size": 2}
+    match = "rank 0 has 5, rank 1 has 4 steps.* steps_per_epoch"
+    with pytest.raises(ValueError, match=match):
+        model.fit(**data, verbose=0, callbacks=[callback])
+    model.fit(**data, verbose=0, callbacks=[callback], steps_per_epoch=4)
+
+
 def test_broadcast_leaves_local_variables():
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD(0.0, momentum=0.9)

@@ -1,5 +1,6 @@
 """Callbacks that give all ranks the same weights."""
 
+import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
@@ -36,7 +37,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             When training begins, if the model's optimizer does not come from
             `DistributedOptimizer`. After step 1 of a model with a `train_step`
             of its own, if an optimizer was used that does not, and no
-            `DistributedGradientTape` was used.
+            `DistributedGradientTape` was used. When training begins, on every
+            rank, if the ranks have different numbers of steps in an epoch, as
+            far as Keras knows them.
     """
 
     def __init__(self, root_rank, device="", local_variables=None):
@@ -59,6 +62,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._local_variables.append(var)
 
     def on_train_begin(self, logs=None):
+        _check_steps((self.params or {}).get("steps"))
         model = self.model
         if not has_own_train_step(model):
             _check_distributed({"optimizer": model.optimizer})
@@ -112,6 +116,19 @@ class AverageNonTrainableWeights(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         average_variables(self.model.non_trainable_weights)
+
+
+def _check_steps(steps):
+    """Raises on every rank if the ranks have different numbers of steps."""
+    of_ranks = hvd.allgather_object(steps)
+    known = {rank: n for rank, n in enumerate(of_ranks) if n is not None}
+    if len(set(known.values())) > 1:
+        numbers = ", ".join(f"rank {r} has {n}" for r, n in known.items())
+        raise ValueError(
+            f"The ranks have different numbers of steps in an epoch: {numbers} "
+            "steps. Each step waits for all ranks. Pass the smallest number "
+            "to fit as steps_per_epoch, and repeat() a dataset that is shorter."
+        )
 
 
 def _used_optimizers(model):

@@ -243,3 +243,41 @@ def test_undecodable_content_is_an_error(function):
     for content in (whole[: len(whole) // 4], whole[:100], b"no image", b""):
         with pytest.raises(tf.errors.InvalidArgumentError):
             function(content, [1, 2], SHAPE)
+
+
+@pytest.mark.parametrize("function", CROPS)
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.95, 0.999])
+def test_jpeg_that_was_cut_is_an_error_whatever_the_crop(function, share):
+    """A crop above the cut needs none of the lost part."""
+    whole = jpeg(coordinates())
+    cut = whole[: int(share * len(whole))]
+    for seed in range(20):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            function(cut, [seed, 2], SHAPE)
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_bytes_after_the_end_of_a_jpeg_change_nothing(function):
+    encoded = jpeg(coordinates())
+    np.testing.assert_array_equal(
+        function(encoded + b"\0\0", [1, 2], SHAPE),
+        function(encoded, [1, 2], SHAPE),
+    )
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_bitmap_with_a_palette_is_an_error(function):
+    """TensorFlow would decode it to the numbers of the palette."""
+    image = PIL.Image.fromarray(coordinates())
+    for converted, is_right in (
+        (image, True),
+        (image.convert("P"), False),
+        (image.convert("L"), False),
+    ):
+        file = io.BytesIO()
+        converted.save(file, "BMP")
+        if is_right:
+            function(file.getvalue(), [1, 2], SHAPE)
+            continue
+        with pytest.raises(tf.errors.InvalidArgumentError, match="palette"):
+            function(file.getvalue(), [1, 2], SHAPE)

@@ -11,6 +11,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from horovod_recipes.configs import demo
+from horovod_recipes.configs._check import check_source
 from horovod_recipes.data import pipeline
 from horovod_recipes.data import sources
 from horovod_recipes.data.__main__ import main as prepare
@@ -207,6 +208,49 @@ def test_folder_has_the_classes_of_all_its_splits(folder):
         assert name.split("/")[-2] == classes[label]
 
 
+def test_hidden_entries_are_neither_classes_nor_images(folder):
+    for name in (
+        "train/.ipynb_checkpoints/0.jpg",
+        "train/__MACOSX/0.jpg",
+        ".git/objects/0.jpg",
+        "train/cat/._0.jpg",
+        "train/dog/.hidden.png",
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    source = sources.load_source("folder", str(folder))
+    assert source.num_classes == 3
+    assert source.num_examples("train") == 5
+
+
+def test_classes_are_those_of_the_configured_splits(folder):
+    (folder / "old" / "zebra").mkdir(parents=True)
+    source = sources.load_source("folder", str(folder), ["train"])
+    assert source.num_classes == 2
+    source = sources.load_source("folder", str(folder), ["train", "test"])
+    assert source.num_classes == 3
+    assert sources.load_source("folder", str(folder)).num_classes == 4
+
+
+def test_error_about_a_folder_names_its_classes(folder):
+    (folder / "train" / "empty").mkdir()
+    config = demo.get_config()
+    config.dataset.update(
+        name="folder", num_classes=2, train_examples=5, test_examples=2
+    )
+    source = sources.load_source("folder", str(folder), ["train", "test"])
+    with pytest.raises(JobError) as error:
+        check_source(config, source)
+    assert str(error.value) == (
+        "the config has dataset.num_classes=2, but the dataset 'folder' on "
+        "disk has 4: its classes are ant, cat, dog, empty; train has no folder "
+        "ant; train has no image in empty; test has no folder cat, empty; does "
+        "each folder belong there? To use it as it is: "
+        "--config.dataset.num_classes=4"
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shards_of_a_folder_are_disjoint_and_cover_all(folder, ranks):
     source = sources.load_source("folder", str(folder))
@@ -249,6 +293,61 @@ def test_error_names_a_file_that_is_not_an_image(folder):
     match = f"corrupt image: {path}"
     with pytest.raises(tf.errors.InvalidArgumentError, match=match):
         next(iter(training(source, batch_size=6, batches_per_epoch=1)))
+
+
+def batches_of(folder, corrupt_images):
+    config = demo.get_config().dataset
+    config.update(augmentation="none", image_size=8, test_split="test")
+    return pipeline.evaluation_batches(
+        sources.load_source("folder", str(folder)),
+        config,
+        rank_input(batch_size=4, corrupt_images=corrupt_images),
+    )
+
+
+# A name that is not UTF-8, one that TensorFlow quotes, and one of two lines.
+STRANGE_NAMES = {
+    b"\xff7.jpg": r"\xff7.jpg",
+    b"a]b)'7\".jpg": "a]b)'7\".jpg",
+    b"two\nlines.jpg": r"two\nlines.jpg",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES)
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_any_name_of_a_corrupt_image_is_told(folder, name, action, capsys):
+    path = os.path.join(os.fsencode(folder), b"test/dog", name)
+    with open(path, "wb") as file:
+        file.write(b"no image")
+    corrupt_images = pipeline.CorruptImages(action)
+    batches = batches_of(folder, corrupt_images)
+    expected = f"{folder}/test/dog/{STRANGE_NAMES[name]}"
+    if action == "skip":
+        assert sum(len(labels) for _, labels in batches) == 2
+        assert corrupt_images.names == {expected}
+        assert capsys.readouterr().err == (
+            f"warning: skipped corrupt image {expected}\n"
+        )
+        return
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        list(batches)
+    assert pipeline.corrupt_image_of(error.value) == expected
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_what_cannot_be_read_is_a_corrupt_image(folder, action):
+    broken = folder / "test" / "dog" / "broken.jpg"
+    broken.symlink_to(folder / "nowhere")
+    (folder / "test" / "dog" / "folder.jpg").mkdir()
+    corrupt_images = pipeline.CorruptImages(action)
+    batches = batches_of(folder, corrupt_images)
+    if action == "skip":
+        assert sum(len(labels) for _, labels in batches) == 2
+        assert len(corrupt_images.names) == 2
+        return
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        list(batches)
+    assert pipeline.corrupt_image_of(error.value) == str(broken)
 
 
 def test_error_names_an_image_whose_label_is_out_of_range(folder):
