@@ -106,7 +106,7 @@ endif
 ## job-tests       run slow tests, and whole jobs; downloads 20 photos
 job-tests: .venv/done $(DATA)
 	$(BIN)/python -m benchmarks.photos
-	$(JOB) $(PYTEST) -m slow
+	$(JOB) $(PYTEST) $(TWO_AT_A_TIME) -m slow
 	$(TWO_RANKS) $(PARALLEL_PYTEST) -m slow
 	timeout --kill-after=10 3000 $(PYTEST) tests/jobs tests/examples
 

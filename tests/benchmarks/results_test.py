@@ -140,6 +140,7 @@ def test_measured_figures_are_within_their_limits():
         assert measured[callback]["cost_percent"] < 1
 
 
+@pytest.mark.slow
 def test_one_resnet50():
     for result in read_result("allreduce.json").values():
         assert result["variables"] == 161

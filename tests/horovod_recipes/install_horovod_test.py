@@ -278,6 +278,7 @@ def test_job_with_horovod_for_another_tensorflow(tmp_path):
     assert "python -m horovod_recipes.install_horovod" in last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("KERAS_BACKEND", "jax"), ("TF_USE_LEGACY_KERAS", "1")],
@@ -291,6 +292,7 @@ def test_job_with_another_keras(variable, value):
         assert "unset it" in last
 
 
+@pytest.mark.slow
 def test_job_with_another_keras_in_its_settings_file(tmp_path):
     (tmp_path / "keras.json").write_text('{"backend": "jax"}')
     for command in (TRAIN, ("-c", "import horovod_recipes.keras")):

@@ -54,6 +54,7 @@ def test_train(tmp_path):
     assert last.startswith('{"config": "demo"')
 
 
+@pytest.mark.slow
 def test_plan():
     printed = run_module(
         *("horovod_recipes.plan", "--config=demo"),
@@ -74,6 +75,7 @@ def test_data(tmp_path):
     assert done == f"mnist5k/1.0.0 is in {folder}"
 
 
+@pytest.mark.slow
 def test_install_horovod():
     tensorflow = install_horovod.tensorflow_version()
     options = " and ".join(install_horovod.build_options(gpu=False))
@@ -83,6 +85,7 @@ def test_install_horovod():
     )
 
 
+@pytest.mark.slow
 def test_benchmark():
     printed = run_module("benchmarks.speed.norm", "--help")
     assert printed.startswith("usage: ")

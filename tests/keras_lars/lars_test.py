@@ -485,6 +485,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_mirrored_strategy_equals_one_device():
     # A new process, because TensorFlow sets up its devices once.
     result = subprocess.run(
@@ -751,6 +752,7 @@ def test_argument_that_is_set_later_acts_from_the_next_step(
     )
 
 
+@pytest.mark.slow
 def test_argument_that_is_set_later_acts_after_compiling_again():
     x, y = np.ones((8, 8)), np.zeros((8, 3))
     results = []

@@ -442,6 +442,7 @@ def test_missing_or_truncated_archives_are_refused(
     assert_refused(error, tmp_path)
 
 
+@pytest.mark.slow
 def test_missing_folder_of_archives_is_refused(tmp_path):
     result = run(
         sys.executable,

@@ -120,6 +120,7 @@ def test_smallest_image_of_alexnet():
         alexnet((80, 66, 3), 10)
 
 
+@pytest.mark.slow
 def test_resnet50_v1_equals_keras_applications():
     """Keras's convolutions have biases; our batch norm means absorb them."""
     ours = resnet50((64, 64, 3), 10, version="v1", batch_norm_epsilon=1.001e-5)

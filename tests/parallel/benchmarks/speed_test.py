@@ -47,6 +47,7 @@ def test_allreduce_reports_each_way():
     assert {allreduce.OURS, f"{allreduce.OURS}, fp16"} <= lines.keys()
 
 
+@pytest.mark.slow
 def test_xla_step_compares_the_two():
     lines = xla_step.measure(network, micro_batch=2, accumulation=2, rounds=2)
     assert [line["xla"] for line in lines] == [False, True]

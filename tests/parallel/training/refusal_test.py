@@ -83,6 +83,7 @@ def test_nan_loss_on_one_rank_stops_all_ranks(shared_folder, network_ending_in):
     assert not (workdir / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_nan_loss_with_finite_weights_stops_at_the_epoch(
     shared_folder, network_ending_in
 ):
@@ -197,6 +198,7 @@ def test_workdir_that_cannot_be_written_to(shared_folder):
         assert_refused("cannot write to --workdir=", workdir)
 
 
+@pytest.mark.slow
 def test_workdir_that_holds_a_run(finished_copy):
     before = (finished_copy / "config.json").read_text()
     assert_refused(r"--resume.*--overwrite", finished_copy)

@@ -69,6 +69,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert_same_training(finished_job.workdir, interrupted_copy)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_saves_and_stops_all(
     accumulated_job, shared_folder
 ):
@@ -148,6 +149,7 @@ def test_callback_stops_a_job_that_was_resumed_in_an_epoch(shared_folder):
     assert [row["epoch"] for row in table(workdir)] == ["1"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_unlimited_files")
 def test_full_disk_keeps_the_older_checkpoints(shared_folder):
     workdir = shared_folder / "run"
