@@ -6,6 +6,8 @@ its input changes, but not on a rank where it is constant. The others would wait
 for that rank, which trains on with an old result.
 """
 
+import functools
+
 import tensorflow as tf
 
 
@@ -13,8 +15,14 @@ def not_folded(tensor):
     """Returns a copy of the tensor that TensorFlow takes for unknown."""
     if tf.executing_eagerly():
         return tensor
-    # The time is the input of no step, and no constant.
-    return tf.where(tf.timestamp() > 0.0, tensor, tf.zeros_like(tensor))
+    return tf.where(_true(), tensor, tf.zeros_like(tensor))
+
+
+@functools.cache
+def _true():
+    """Returns a variable that is always true; TensorFlow cannot know that."""
+    with tf.init_scope(), tf.device("CPU"):
+        return tf.Variable(True, trainable=False)
 
 
 def one_not_folded(tensors):
