@@ -55,6 +55,9 @@ def test_bad_command_line(monkeypatch, capsys, tmp_path, arguments, message):
     """In one process, as importing TensorFlow takes longer than the rest."""
     # Parsing changes it.
     monkeypatch.setattr(sys, "argv", [])
+    # Under MPI, a process that has shut Horovod down cannot start it again.
+    monkeypatch.setenv("HOROVOD_CONTROLLER", "gloo")
+    monkeypatch.setenv("HOROVOD_CPU_OPERATIONS", "gloo")
     # No other rank needs time to say why.
     monkeypatch.setattr(hvd.callbacks, "SECONDS_TO_SAY_WHY", 0)
     workdir = tmp_path / "run"
