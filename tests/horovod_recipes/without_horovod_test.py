@@ -14,6 +14,7 @@ CONFIGS = [
 BLOCKED = """
 import sys
 sys.modules["horovod"] = None
+folder = sys.argv[1]  # The plan changes sys.argv.
 """
 SCRIPTS = {
     "configs": f"""
@@ -34,7 +35,6 @@ assert status == 0
 """,
     "data": """
 from horovod_recipes.data.__main__ import main
-folder = sys.argv[1]
 assert main(["mnist5k", f"--data_dir={folder}"]) == 0
 from horovod_recipes.data.sources import load_source
 source = load_source("mnist5k", folder)
@@ -81,6 +81,7 @@ def test_works_without_horovod(name, tmp_path):
         capture_output=True,
         text=True,
         timeout=200,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     assert result.returncode == 0, result.stderr
@@ -89,9 +90,14 @@ def test_works_without_horovod(name, tmp_path):
 def test_the_binding_needs_horovod(tmp_path):
     """Without this failure, the other tests would prove nothing."""
     result = subprocess.run(
-        [sys.executable, "-c", BLOCKED + "import horovod_recipes.keras"],
+        [
+            *(sys.executable, "-c"),
+            BLOCKED + "import horovod_recipes.keras",
+            str(tmp_path),
+        ],
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert result.returncode == 1
+    assert "ImportError: Horovod is not installed here" in result.stderr
