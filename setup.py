@@ -40,8 +40,11 @@ setuptools.setup(
         "bench": ["jax", "matplotlib", "optax"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
+            "ipykernel",
             "jax",
             "jsonschema",
+            "nbclient",
+            "nbformat",
             "optax",
             "pytest",
             "pytest-xdist",
