@@ -8,7 +8,10 @@ import horovod.tensorflow as hvd
 import keras
 
 from horovod_recipes.keras._distributed_apply import is_distributed
+from horovod_recipes.keras._keras_hooks import layers_of
 from horovod_recipes.keras._optimizers_of import optimizers_of
+from horovod_recipes.keras.layers import is_synchronized
+from horovod_recipes.keras.layers import synchronize
 
 
 def reduce(saveable, plain):
@@ -24,13 +27,21 @@ def reduce(saveable, plain):
         for place, optimizer in _optimizers(saveable).items()
         if is_distributed(optimizer)
     }
-    if not distributed:
+    synchronized = [
+        place
+        for place, layer in enumerate(_layers(saveable))
+        if is_synchronized(layer)
+    ]
+    if not distributed and not synchronized:
         return unpickle, arguments
-    return unpickle_distributed, (unpickle, arguments, distributed)
+    return (
+        unpickle_distributed,
+        (unpickle, arguments, distributed, synchronized),
+    )
 
 
-def unpickle_distributed(unpickle, arguments, distributed):
-    """Returns a copy, with its optimizers distributed as before."""
+def unpickle_distributed(unpickle, arguments, distributed, synchronized):
+    """Returns a copy, with optimizers and batch norms over the ranks."""
     # Imported here, because the optimizer's module installs `reduce`.
     from horovod_recipes.keras._optimizer import DistributedOptimizer
 
@@ -38,7 +49,18 @@ def unpickle_distributed(unpickle, arguments, distributed):
     for place, optimizer in _optimizers(copied).items():
         if place in distributed and not is_distributed(optimizer):
             DistributedOptimizer(optimizer, **distributed[place])
+    layers = _layers(copied)
+    for place in synchronized:
+        synchronize(layers[place])
+        copied.jit_compile = False
     return copied
+
+
+def _layers(saveable):
+    """Returns the layers of a model, those inside of other layers too."""
+    if isinstance(saveable, keras.optimizers.Optimizer):
+        return []
+    return layers_of(saveable)
 
 
 def _optimizers(saveable):

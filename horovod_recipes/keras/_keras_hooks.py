@@ -25,6 +25,7 @@ __all__ = [
     "copy_recording",
     "install",
     "is_seed",
+    "layers_of",
     "moments_of",
     "notification_manager",
     "replace_moments",
@@ -68,9 +69,19 @@ PRIVATE_NAMES = [
         "Patched: a copy of an optimizer would no longer be distributed.",
     ),
     PrivateName(
+        lambda: keras.callbacks.CallbackList,
+        "on_epoch_end",
+        "Patched, with three more: no callback knows that it is the last.",
+    ),
+    PrivateName(
         lambda: keras.layers.BatchNormalization(),
         "_moments",
         "Saved files would name a subclass, and need Horovod to load.",
+    ),
+    PrivateName(
+        lambda: keras.Model,
+        "_flatten_layers",
+        "Finds a synchronized batch norm inside of other layers.",
     ),
     PrivateName(
         lambda: keras.callbacks.ModelCheckpoint,
@@ -110,11 +121,20 @@ PRIVATE_NAMES = [
 ]
 
 
+# The events whose callbacks a `TrainFunction` must know of.
+EVENTS = (
+    "on_epoch_begin",
+    "on_train_batch_end",
+    "on_test_begin",
+    "on_epoch_end",
+)
 _is_installed = False
 
 
-def install(after_loss_scale_init, make_train_function, reduce):
-    """Patches four methods of Keras, in the first call alone.
+def install(
+    after_loss_scale_init, make_train_function, reduce, around_callbacks
+):
+    """Patches eight methods of Keras, in the first call alone.
 
     Args:
         after_loss_scale_init: Function of a new `LossScaleOptimizer` and the
@@ -123,6 +143,8 @@ def install(after_loss_scale_init, make_train_function, reduce):
             `make_train_function`, which it stands in for.
         reduce: Function of a model or an optimizer, and Keras's own
             `__reduce__`, which it stands in for.
+        around_callbacks: Function of a `CallbackList`, one of `EVENTS`, and a
+            function that calls all callbacks of this event.
     """
     global _is_installed
     if _is_installed:
@@ -149,6 +171,21 @@ def install(after_loss_scale_init, make_train_function, reduce):
 
     for saveable in (keras.Model, keras.optimizers.Optimizer):
         saveable.__reduce__ = _calling(reduce, saveable.__reduce__)
+
+    for event in EVENTS:
+        _around(event, around_callbacks)
+
+
+def _around(event, around_callbacks):
+    """Has `around_callbacks` call one method of `CallbackList`."""
+    plain = getattr(keras.callbacks.CallbackList, event)
+
+    @functools.wraps(plain)
+    def method(self, *args, **kwargs):
+        call = functools.partial(plain, self, *args, **kwargs)
+        around_callbacks(self, event, call)
+
+    setattr(keras.callbacks.CallbackList, event, method)
 
 
 def _calling(reduce, plain):
@@ -180,6 +217,11 @@ def moments_of(layer):
 def replace_moments(layer, moments):
     """Has one batch norm compute its mean and variance by `moments`."""
     layer._moments = moments
+
+
+def layers_of(model):
+    """Returns the layers of a model, those inside of other layers too."""
+    return list(model._flatten_layers(include_self=False))
 
 
 def trained_variables(optimizer):

@@ -7,15 +7,12 @@ itself does, which is unscaling, the check for infinities, clipping, the update.
 import horovod.tensorflow as hvd
 import keras
 
-from horovod_recipes.keras import _keras_hooks
-from horovod_recipes.keras._copying import reduce
 from horovod_recipes.keras._distributed_apply import DistributedApply
-from horovod_recipes.keras._distributed_apply import distribute_loss_scale
 from horovod_recipes.keras._distributed_apply import is_distributed
+from horovod_recipes.keras._install_hooks import install_hooks
 from horovod_recipes.keras._reduction import GradientReduction
 from horovod_recipes.keras._reduction import ReductionOptions
 from horovod_recipes.keras._reduction import weights_of_layers
-from horovod_recipes.keras._train_step import make_train_function
 
 
 def DistributedOptimizer(
@@ -135,7 +132,7 @@ def DistributedOptimizer(
         name or f"Distributed{type(optimizer).__name__}",
         ReductionOptions(**options),
     )
-    _keras_hooks.install(distribute_loss_scale, make_train_function, reduce)
+    install_hooks()
     optimizer.apply = DistributedApply(
         optimizer, reduction, {"name": name} | options | passes
     )

@@ -18,6 +18,8 @@ from horovod_recipes.keras._agreement import described
 from horovod_recipes.keras._folding import not_folded
 from horovod_recipes.keras._folding import one_not_folded
 from horovod_recipes.keras._keras_hooks import check_outside_xla
+from horovod_recipes.keras._lockstep import data_of_step
+from horovod_recipes.keras._lockstep import note_reduction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +123,23 @@ class GradientReduction:
     def _check_agreement(self, variables, grads, all_variables):
         if self._options.sparse_as_dense:
             grads = [tf.convert_to_tensor(grad) for grad in grads]
-        return check_agreement(
-            described(variables, grads, all_variables),
-            f"gradients to {self._name}",
-            "Compute the gradients of the same variables on every rank: a part "
-            "of the loss that one rank lacks counts as 0 there, for example "
-            "by tf.GradientTape.gradient(..., unconnected_gradients='zero')",
-            f"{self._name}_agreement",
-            self._options.process_set,
-        )
+        name = f"{self._name}_agreement"
+        note_reduction(name, self._options.process_set)
+        inputs = data_of_step()
+        if inputs is None:
+            inputs = [getattr(grad, "values", grad) for grad in grads]
+        with tf.control_dependencies(inputs):
+            return check_agreement(
+                described(variables, grads, all_variables),
+                f"gradients to {self._name}",
+                "Compute the gradients of the same variables on every rank: a "
+                "part of the loss that one rank lacks counts as 0 there, for "
+                "example by tf.GradientTape.gradient(..., "
+                "unconnected_gradients='zero')",
+                name,
+                self._options.process_set,
+                is_in_step=True,
+            )
 
     def share_infinities(self, grads, variables):
         """Puts NaN into a shared gradient if a local gradient is not finite.

@@ -5,6 +5,8 @@ import warnings
 import tensorflow as tf
 
 from horovod_recipes.keras._distributed_apply import is_distributed
+from horovod_recipes.keras._lockstep import TrainFunction
+from horovod_recipes.keras._lockstep import knowing_its_data
 from horovod_recipes.keras._optimizers_of import has_own_train_step
 from horovod_recipes.keras._optimizers_of import optimizers_of
 
@@ -12,43 +14,58 @@ from horovod_recipes.keras._optimizers_of import optimizers_of
 def make_train_function(model, force, plain):
     """Stands in for `keras.Model.make_train_function`.
 
-    With `jit_compile`, which `compile()` turns on where there is a GPU, XLA
-    compiles the forward pass, the backward pass and the metrics of each
-    micro-batch. The optimizer and its allreduce run after that program. A model
-    whose step cannot be split is trained without XLA, with a warning.
+    The function keeps the ranks in lockstep.
 
     Args:
         model: The `keras.Model`.
         force: Whether to make the function again if the model has one.
         plain: Keras's own function of the model and `force`.
     """
-    if model.train_function is not None and not force:
-        return model.train_function
+    if model.train_function is None or force:
+        _make_train_function(model, plain)
+    # A model may have been trained before the first DistributedOptimizer.
+    if not isinstance(model.train_function, TrainFunction):
+        model.train_function = TrainFunction(model, model.train_function)
+
+
+def _make_train_function(model, plain):
+    """Sets `model.train_function`.
+
+    With `jit_compile`, which `compile()` turns on where there is a GPU, XLA
+    compiles the forward pass, the backward pass and the metrics of each
+    micro-batch. The optimizer and its allreduce run after that program. A model
+    whose step cannot be split is trained without XLA, with a warning.
+    """
     optimizers = optimizers_of(model).values()
-    if not any(map(is_distributed, optimizers)) or not model.jit_compile:
-        return plain(model, force)
-    obstacle = obstacle_to_xla(model)
+    is_split = model.jit_compile and any(map(is_distributed, optimizers))
+    obstacle = obstacle_to_xla(model) if is_split else None
     if obstacle:
         warnings.warn(
             "The model was compiled with jit_compile on, and is trained "
             f"without XLA: {obstacle}. To silence this: "
             "compile(..., jit_compile=False).",
-            stacklevel=5,
+            stacklevel=6,
         )
+        model.jit_compile = is_split = False
+    step = model.train_step
+    if is_split:
+        # XLA would keep the first loss scale of an optimizer without variables.
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        step = split_train_step(model)
         model.jit_compile = False
-        return plain(model, force)
-    # XLA would keep the first loss scale of an optimizer without variables.
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
     # The function keeps both attributes as they are now. XLA still compiles
     # evaluation, which has no operations of Horovod.
-    model.train_step = split_train_step(model)
-    model.jit_compile = False
+    own_step = vars(model).get("train_step")
+    model.train_step = knowing_its_data(step)
     try:
-        return plain(model, force)
+        plain(model, force=True)
     finally:
         del model.train_step
-        model.jit_compile = True
+        if own_step is not None:
+            model.train_step = own_step
+        if is_split:
+            model.jit_compile = True
 
 
 def obstacle_to_xla(model):

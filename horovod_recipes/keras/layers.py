@@ -19,8 +19,10 @@ def SyncBatchNormalization(fused=False, **arguments):
     allreduce each. Evaluation takes none.
 
     The layer is a `keras.layers.BatchNormalization`, so a model saved with it
-    loads without Horovod. A layer made from its config normalizes over this
-    rank's batches alone, for example after `keras.models.clone_model`.
+    loads without Horovod. A copy of the model synchronizes, by `copy`, `pickle`
+    or `hvd.broadcast_object`. A layer made from its config normalizes over this
+    rank's batches alone, for example in a model that was loaded, or after
+    `keras.models.clone_model`.
 
     Args:
         fused: `False`. Horovod has this argument only to refuse `True`.
@@ -34,12 +36,28 @@ def SyncBatchNormalization(fused=False, **arguments):
             "Argument `fused` must be False: a fused kernel cannot use the "
             f"statistics of all ranks. Received: fused={fused!r}"
         )
+    # Imported here, because the hooks need this module.
+    from horovod_recipes.keras._install_hooks import install_hooks
+
+    install_hooks()
     layer = keras.layers.BatchNormalization(**arguments)
+    synchronize(layer)
+    return layer
+
+
+def synchronize(layer):
+    """Makes a batch norm normalize over the batches of all ranks."""
     replace_moments(layer, _MomentsOfAllRanks(layer))
     # XLA cannot compile Horovod's operations: Keras then compiles the model
     # without XLA, with a warning where the user asked for it.
     layer.supports_jit = False
-    return layer
+
+
+def is_synchronized(layer):
+    """Whether a layer came from `SyncBatchNormalization`."""
+    return isinstance(layer, keras.layers.BatchNormalization) and isinstance(
+        moments_of(layer), _MomentsOfAllRanks
+    )
 
 
 class _MomentsOfAllRanks:

@@ -138,3 +138,18 @@ def test_what_is_not_copied_must_be_distributed_again(how, tmp_path):
     hvd.DistributedOptimizer(model.optimizer)
     fit(model, hvd.callbacks.BroadcastGlobalVariablesCallback(0))
     assert_same_on_all_ranks(model.weights)
+
+
+@WAYS
+def test_copied_model_synchronizes_its_batch_norm(duplicate):
+    inside = keras.Sequential(
+        [hvd.SyncBatchNormalization(), keras.layers.Dense(2)]
+    )
+    model = keras.Sequential([keras.Input((3,)), inside])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    model.compile(optimizer, "mse")
+    copied = duplicate(model)
+    fit(copied, hvd.callbacks.BroadcastGlobalVariablesCallback(0))
+    # Each rank has other data, so other statistics of its own.
+    assert len(copied.non_trainable_weights) == 2
+    assert_same_on_all_ranks(copied.weights)

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from horovod_recipes.keras._distributed_apply import is_distributed
 from horovod_recipes.keras._gradient_tape import tape_has_reduced
+from horovod_recipes.keras._install_hooks import install_hooks
 from horovod_recipes.keras._optimizers_of import has_own_train_step
 from horovod_recipes.keras._optimizers_of import optimizers_of
 from horovod_recipes.keras._variables import average_variables
@@ -68,6 +69,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             _check_distributed({"optimizer": model.optimizer})
             if model.built and not model.optimizer.built:
                 model.optimizer.build(model.trainable_variables)
+        # A train_step with a tape has no DistributedOptimizer to do it.
+        install_hooks()
         model.make_train_function(force=True)
         # Step 1 creates what is not built, and shows which optimizers it uses.
         self._was_built = model.built
