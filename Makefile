@@ -94,10 +94,11 @@ unit-tests: .venv/done $(DATA)
 parallel-tests: .venv/done $(DATA)
 	$(TWO_RANKS) $(PARALLEL_PYTEST) -m 'not slow'
 
-## mpi-tests       test the same under MPI, and whole jobs
+## mpi-tests       test the binding under MPI, and whole jobs
 mpi-tests: .venv/done $(DATA)
 ifdef MPICXX
-	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) -m 'not slow'
+	$(TWO_MPI_RANKS) $(PARALLEL_PYTEST) -m 'not slow' \
+	  --ignore=tests/parallel/training --ignore=tests/parallel/benchmarks
 	$(JOB) $(PYTEST) tests/mpi_jobs
 else
 	@echo "skipped: no mpicxx (Debian: libopenmpi-dev, openmpi-bin)"
