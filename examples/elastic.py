@@ -2,7 +2,7 @@
 
 python -m horovod_recipes.data mnist5k   # prepares the digits, once
 horovodrun -np 2 --min-np 1 --host-discovery-script ./discover.sh \
-    --network-interface eth0 python examples/elastic.py
+    --network-interface lo python examples/elastic.py   # eth0 between hosts
 """
 
 import keras

@@ -7,6 +7,7 @@ for that rank, which trains on with an old result.
 """
 
 import functools
+import threading
 
 import tensorflow as tf
 
@@ -21,8 +22,7 @@ def not_folded(tensor):
 @functools.cache
 def _true():
     """Returns a variable that is always true; TensorFlow cannot know that."""
-    with tf.init_scope(), tf.device("CPU"):
-        return tf.Variable(True, trainable=False)
+    return variable_outside_of_graphs(True)
 
 
 def one_not_folded(tensors):
@@ -36,3 +36,21 @@ def one_not_folded(tensors):
         not_folded(tensor) if index == smallest else tensor
         for index, tensor in enumerate(tensors)
     ]
+
+
+def variable_outside_of_graphs(value):
+    """Returns a variable on a CPU, also where a `tf.function` is traced.
+
+    A `tf.function` refuses variables that its later traces create, even in
+    `tf.init_scope`. A new thread does not trace anything.
+    """
+    created = []
+
+    def create():
+        with tf.device("CPU"):
+            created.append(tf.Variable(value, trainable=False))
+
+    thread = threading.Thread(target=create)
+    thread.start()
+    thread.join()
+    return created[0]

@@ -10,10 +10,12 @@ import functools
 import warnings
 
 import horovod.tensorflow as hvd
+import numpy as np
 import tensorflow as tf
 
 from horovod_recipes.keras import _watchdog
 from horovod_recipes.keras._folding import not_folded
+from horovod_recipes.keras._folding import variable_outside_of_graphs
 
 # The TrainFunction that runs now, and the data of the step that it traces.
 _running = None
@@ -288,6 +290,5 @@ _HEARD, _TO_HEAR = 0, 1
 
 @functools.cache
 def _state():
-    """Returns, for both rows, the number of ranks and the sum of these ranks."""
-    with tf.init_scope(), tf.device("CPU"):
-        return tf.Variable(tf.zeros([2, 2], tf.int64), trainable=False)
+    """Returns two rows: the number of ranks, and the sum of these ranks."""
+    return variable_outside_of_graphs(np.zeros([2, 2], np.int64))
