@@ -1,6 +1,7 @@
 """The LARS optimizer: one learning rate per layer, for large-batch training."""
 
 import math
+import typing
 
 import keras
 from keras import ops
@@ -81,8 +82,11 @@ class LARS(keras.optimizers.Optimizer):
         jit_compile: Whether to compile the update of all variables into one
             XLA program. It has an effect only on the TensorFlow backend; on
             the others the trainer compiles the step. A `tf.distribute`
-            strategy with several replicas uses the ordinary update. Defaults
-            to `True`.
+            strategy with several replicas uses the ordinary update, and so
+            does a subclass with an `update_step` of its own. Optimizers with
+            equal arguments, for variables of equal shapes, share a program:
+            TensorFlow keeps each one until the process ends. Defaults to
+            `True`.
         name: String, the name of the optimizer. Defaults to `"lars"`.
         **kwargs: The keyword arguments common to Keras's optimizers:
             `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,
@@ -154,7 +158,6 @@ class LARS(keras.optimizers.Optimizer):
         _checks.check_together(self)
         self._is_from_config = False
         self._xla_is_possible = _tensorflow.xla_is_possible()
-        self._compiled_update = None
 
     def __setattr__(self, name, value):
         """Checks an argument, also one that is set after the first step.
@@ -199,60 +202,16 @@ class LARS(keras.optimizers.Optimizer):
         ]
 
     def update_step(self, gradient, variable, learning_rate):
-        """Updates one variable. The class docstring explains the letters."""
+        """Updates one variable by `new_values`."""
         index = self._get_variable_index(variable)
-        velocity = self._velocities[index]
-        dtype = _compute_dtype(variable)
-        g = ops.cast(gradient, dtype)
-        w = ops.cast(variable, dtype)
-        v = ops.cast(velocity, dtype)
-        m = self.momentum
-        b = self.weight_decay if self._is_decayed[index] else 0.0
-        d = g + b * w if b else g
-
-        if self.momentum_style == "popular":
-            v = m * v + d
-            u = m * v + d if self.nesterov else v
-            r = self._trust_ratio(index, w, u, 0.0, learning_rate)
-            step = ops.cast(learning_rate * r, dtype) * u
-        else:
-            if self.trust_ratio_norm == "joint":
-                r = self._trust_ratio(index, w, d, 0.0, learning_rate)
-            else:
-                r = self._trust_ratio(index, w, g, b, learning_rate)
-            pytorch = self.momentum_style == "pytorch"
-            s = ops.cast(r if pytorch else learning_rate * r, dtype) * d
-            v = m * v + s
-            step = m * v + s if self.nesterov else v
-            if pytorch:
-                step = ops.cast(learning_rate, dtype) * step
-
-        self.assign(velocity, ops.cast(v, velocity.dtype))
-        self.assign(variable, ops.cast(w - step, variable.dtype))
-
-    def _trust_ratio(self, index, w, u, b, learning_rate):
-        """Stores and returns the float32 ratio of the variable at `index`.
-
-        Its denominator is `norm(u) + b * norm(w) + epsilon`, where `u` is the
-        gradient, the gradient with its decay, or the popular style's velocity.
-        """
-        unadapted = ops.convert_to_tensor(self.unadapted_scale, "float32")
-        if self._trust_ratios[index] is None:
-            return unadapted
-        size = math.prod(w.shape)
-        w_norm = _norm(w, size)
-        u_norm = _norm(u, size)
-        # "!= 0" lets NaN through to the weights; "> 0" would hide it.
-        adaptable = ops.logical_and(w_norm != 0, u_norm != 0)
-        denominator = u_norm + b * w_norm + self.epsilon
-        denominator = ops.where(adaptable, denominator, 1.0)
-        r = self.trust_coefficient * w_norm / denominator
-        if self.trust_clip:
-            # A learning rate of 0 gives inf, which the minimum turns into 1.
-            r = ops.minimum(r / learning_rate, 1.0)
-        r = ops.where(adaptable, r, unadapted)
-        self.assign(self._trust_ratios[index], r)
-        return r
+        velocity, ratio = self._velocities[index], self._trust_ratios[index]
+        w, v, r = new_values(
+            self._rule(index), gradient, variable, velocity, learning_rate
+        )
+        self.assign(velocity, v)
+        self.assign(variable, w)
+        if ratio is not None:
+            self.assign(ratio, r)
 
     def trust_ratios(self):
         """Returns `{variable path: trust ratio of the last step}`.
@@ -290,30 +249,29 @@ class LARS(keras.optimizers.Optimizer):
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         _checks.check_together(self)
         learning_rate = ops.cast(learning_rate, "float32")
-        if not (self.jit_compile and self._xla_is_possible):
+        # The programs know no update but this one.
+        is_own_update = type(self).update_step is LARS.update_step
+        if not (self.jit_compile and self._xla_is_possible and is_own_update):
             super()._backend_update_step(
                 grads, trainable_variables, learning_rate
             )
             return
-        if self._compiled_update is None:
-            self._compiled_update = _tensorflow.compiled(self._update_variables)
         indices = [self._get_variable_index(v) for v in trainable_variables]
-        self._compiled_update(
-            indices, grads, learning_rate, self._hyper_parameters()
+        _tensorflow.update(
+            new_values,
+            [self._rule(index) for index in indices],
+            [self._trainable_variables[index] for index in indices],
+            [self._velocities[index] for index in indices],
+            [self._trust_ratios[index] for index in indices],
+            grads,
+            learning_rate,
         )
 
-    def _update_variables(
-        self, indices, grads, learning_rate, hyper_parameters
-    ):
-        """Updates the variables at `indices`, which are Python integers.
-
-        New `hyper_parameters` make TensorFlow compile this again.
-        """
-        for index, grad in zip(indices, grads, strict=True):
-            variable = self._trainable_variables[index]
-            if isinstance(variable, keras.Variable):
-                variable = variable.value
-            self.update_step(grad, variable, learning_rate)
+    def _rule(self, index):
+        decay = self.weight_decay if self._is_decayed[index] else 0.0
+        is_adapted = self._trust_ratios[index] is not None
+        hyper_parameters = self._hyper_parameters() | {"weight_decay": decay}
+        return Rule(**hyper_parameters, is_adapted=is_adapted)
 
     def _hyper_parameters(self):
         return {
@@ -358,6 +316,79 @@ class LARS(keras.optimizers.Optimizer):
         optimizer = super().from_config(config, custom_objects)
         optimizer._is_from_config = True
         return optimizer
+
+
+class Rule(typing.NamedTuple):
+    """How one variable is updated: the arguments of `LARS`, for it alone."""
+
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    trust_coefficient: float
+    epsilon: float
+    trust_ratio_norm: str
+    momentum_style: str
+    trust_clip: bool
+    unadapted_scale: float
+    is_adapted: bool
+
+
+def new_values(rule, gradient, variable, velocity, learning_rate):
+    """Computes one step. The docstring of `LARS` explains the letters.
+
+    Returns:
+        The variable, its velocity and its trust ratio after the step.
+    """
+    dtype = _compute_dtype(variable)
+    g = ops.cast(gradient, dtype)
+    w = ops.cast(variable, dtype)
+    v = ops.cast(velocity, dtype)
+    m = rule.momentum
+    b = rule.weight_decay
+    d = g + b * w if b else g
+
+    if rule.momentum_style == "popular":
+        v = m * v + d
+        u = m * v + d if rule.nesterov else v
+        r = _trust_ratio(rule, w, u, 0.0, learning_rate)
+        step = ops.cast(learning_rate * r, dtype) * u
+    else:
+        if rule.trust_ratio_norm == "joint":
+            r = _trust_ratio(rule, w, d, 0.0, learning_rate)
+        else:
+            r = _trust_ratio(rule, w, g, b, learning_rate)
+        pytorch = rule.momentum_style == "pytorch"
+        s = ops.cast(r if pytorch else learning_rate * r, dtype) * d
+        v = m * v + s
+        step = m * v + s if rule.nesterov else v
+        if pytorch:
+            step = ops.cast(learning_rate, dtype) * step
+
+    new_variable = ops.cast(w - step, variable.dtype)
+    return new_variable, ops.cast(v, velocity.dtype), r
+
+
+def _trust_ratio(rule, w, u, b, learning_rate):
+    """Returns the float32 trust ratio of a variable.
+
+    Its denominator is `norm(u) + b * norm(w) + epsilon`, where `u` is the
+    gradient, the gradient with its decay, or the popular style's velocity.
+    """
+    unadapted = ops.convert_to_tensor(rule.unadapted_scale, "float32")
+    if not rule.is_adapted:
+        return unadapted
+    size = math.prod(w.shape)
+    w_norm = _norm(w, size)
+    u_norm = _norm(u, size)
+    # "!= 0" lets NaN through to the weights; "> 0" would hide it.
+    adaptable = ops.logical_and(w_norm != 0, u_norm != 0)
+    denominator = u_norm + b * w_norm + rule.epsilon
+    denominator = ops.where(adaptable, denominator, 1.0)
+    r = rule.trust_coefficient * w_norm / denominator
+    if rule.trust_clip:
+        # A learning rate of 0 gives inf, which the minimum turns into 1.
+        r = ops.minimum(r / learning_rate, 1.0)
+    return ops.where(adaptable, r, unadapted)
 
 
 def _norm(x, size):

@@ -1,5 +1,6 @@
 """LARS on TensorFlow: how it is called, saved, compiled and refused."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 from keras.src import testing
 
+import keras_lars.lars
 from keras_lars import LARS
 from keras_lars.schedules import WarmupPolynomialDecay
 from tests.keras_lars.reference import reference
@@ -194,17 +196,21 @@ def test_model_fit_gives_the_same_weights(how, update_compiled, eager_weights):
     assert_close(model.get_weights(), eager_weights, rtol=1e-4, atol=1e-5)
 
 
-class CountedLARS(LARS):
-    """Counts how often Python runs `update_step`: once per trace."""
+@pytest.fixture
+def traced(monkeypatch):
+    """A list that grows when Python computes the new values of a variable."""
+    found = []
+    plain = keras_lars.lars.new_values
 
-    steps = 0
+    def new_values(rule, *arguments):
+        found.append(rule)
+        return plain(rule, *arguments)
 
-    def update_step(self, gradient, variable, learning_rate):
-        self.steps += 1
-        super().update_step(gradient, variable, learning_rate)
+    monkeypatch.setattr(keras_lars.lars, "new_values", new_values)
+    return found
 
 
-def test_rate_may_change_without_another_trace():
+def test_rate_may_change_without_another_trace(traced):
     variables, gradients = variables_and_gradients(steps=4)
     rates = [0.1, 5.0, 0.2, 3.0]
     expected, _ = reference(
@@ -214,12 +220,47 @@ def test_rate_may_change_without_another_trace():
         adapted=KERNELS,
         decayed=KERNELS,
     )
-    optimizer = CountedLARS(1.0)
+    optimizer = LARS(1.0)
     for rate, grads in zip(rates, gradients, strict=True):
         optimizer.learning_rate = rate
         apply(optimizer, [grads], variables)
     assert_close([v.numpy() for v in variables], expected, rtol=1e-5)
-    assert optimizer.steps == len(variables)
+    assert len(traced) == len(variables)
+
+
+def test_equal_optimizers_share_a_program(traced):
+    """TensorFlow keeps each program, also those of optimizers thrown away."""
+    for _ in range(3):
+        start, [gradients] = variables_and_gradients(steps=1)
+        apply(LARS(2.0), [gradients], start)
+    assert len(traced) == len(start)
+    apply(LARS(3.0), [gradients], start)
+    assert len(traced) == len(start)
+    apply(LARS(2.0, momentum=0.5), [gradients], start)
+    assert len(traced) == 2 * len(start)
+
+
+def test_program_outlives_the_model_that_it_was_made_for():
+    """A sweep builds one model after the other."""
+    weights = [fitted_model(scheduled_lars(True)).get_weights()]
+    gc.collect()
+    weights += [fitted_model(scheduled_lars(True)).get_weights()]
+    for first, second in zip(*weights, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+class HalvedLARS(LARS):
+    """An update of one's own, around that of LARS."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate / 2)
+
+
+def test_update_step_of_a_subclass_is_used():
+    expected = stepped(LARS(1.0), in_function=False)
+    for in_function in (True, False):
+        halved = stepped(HalvedLARS(2.0), in_function)
+        assert_close(halved, expected, rtol=1e-5)
 
 
 SPARSE = tf.IndexedSlices(
@@ -452,6 +493,7 @@ def test_frozen_layer_stays():
 
 MIRRORED = """
 import numpy as np, tensorflow as tf, keras
+import keras_lars.lars
 from keras_lars import LARS
 
 cpu = tf.config.list_physical_devices("CPU")[0]
