@@ -5,7 +5,7 @@ import gc
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _garbage_stays():
     """Python does not look at the objects of finished tests again.
 

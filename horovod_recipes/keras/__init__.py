@@ -5,8 +5,8 @@ without an error. Import this module instead:
 
     import horovod_recipes.keras as hvd
 
-Importing it changes nothing in Keras. The first `DistributedOptimizer` patches
-four methods of Keras; see `_keras_hooks.py`.
+Importing it changes nothing in Keras. The first call that needs it, such as
+`DistributedOptimizer`, patches eight methods of Keras; see `_keras_hooks.py`.
 """
 
 import keras

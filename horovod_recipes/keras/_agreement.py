@@ -14,7 +14,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
-from horovod_recipes.keras import _lockstep
+from horovod_recipes.keras import _watchdog
+from horovod_recipes.keras._folding import not_folded
 
 # The product of two sums of squared digests fits int64 on 1,024 ranks.
 DIGESTS = 2**20
@@ -24,18 +25,12 @@ MAX_RANKS_NAMED = 8
 
 
 def check_agreement(
-    lines,
-    what,
-    fix,
-    name,
-    process_set=hvd.global_process_set,
-    keys=None,
-    is_in_step=False,
+    lines, what, fix, name, process_set=hvd.global_process_set, keys=None
 ):
     """Checks that all ranks bring the same list of tensors to a collective.
 
-    It takes one allreduce of a few numbers. In a graph it needs nothing of the
-    step, so it runs while the step computes.
+    It takes one allreduce of three numbers. In a graph it needs nothing of the
+    step but its data, so it runs while the step computes.
 
     Args:
         lines: List of strings, one per tensor, from `described`.
@@ -44,8 +39,6 @@ def check_agreement(
         name: String, name of the operation, the same on every rank.
         process_set: The `ProcessSet` that compares. Defaults to all ranks.
         keys: List of strings, what to compare. Defaults to `lines`.
-        is_in_step: Whether to send the numbers of `_lockstep` too. Defaults to
-            `False`.
 
     Returns:
         List of operations that the collective must wait for. In eager mode the
@@ -56,9 +49,7 @@ def check_agreement(
             graph, it comes as a `tf.errors.InvalidArgumentError`.
     """
 
-    def fail(news):
-        if is_in_step and news[2] > 0:
-            raise ValueError(_lockstep.describe_end_of_data(news))
+    def fail():
         of_ranks = hvd.allgather_object(
             (hvd.rank(), lines), process_set=process_set
         )
@@ -70,34 +61,32 @@ def check_agreement(
     # TensorFlow merges equal operations of a graph, so the name counts too.
     text = "\n".join([name, *(lines if keys is None else keys)])
     digest = zlib.crc32(text.encode()) % DIGESTS
-    add_up = _lockstep.sum_in_step if is_in_step else _lockstep.sum_integers
+    mine = not_folded(tf.constant([1, digest, digest**2], tf.int64))
+    # On a GPU, the result would wait for the operations before it.
     with tf.device("CPU"):
-        mine = tf.constant([1, digest, digest**2], tf.int64)
-        sums = add_up(mine, name, process_set)
+        (sums,) = _watchdog.tracked(
+            lambda tensors: [
+                hvd.allreduce(
+                    *tensors, op=hvd.Sum, name=name, process_set=process_set
+                )
+            ]
+        )([mine])
     # Numbers are equal where the sum of their squares is the least possible.
     # A rank that has called `hvd.join` adds zeros, which changes neither side.
     with tf.device("CPU"):
-        ranks, total, squares = tf.unstack(sums[:3])
-        news = sums[3:]
+        ranks, total, squares = tf.unstack(sums)
         agree = tf.equal(ranks * squares, total * total)
-        if is_in_step:
-            agree &= tf.equal(news[2], 0)
     if tf.executing_eagerly():
         if not agree:
-            fail(news)
-        checks = []
-    else:
-        checks = [
-            tf.cond(
-                agree,
-                lambda: tf.constant(True),
-                lambda: tf.py_function(fail, [news], tf.bool),
-            )
-        ]
-    if is_in_step:
-        with tf.control_dependencies(checks):
-            _lockstep.hear(news)
-    return checks
+            fail()
+        return []
+    return [
+        tf.cond(
+            agree,
+            lambda: tf.constant(True),
+            lambda: tf.py_function(fail, [], tf.bool),
+        )
+    ]
 
 
 def described(variables, tensors=None, among=()):

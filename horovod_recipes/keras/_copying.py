@@ -42,9 +42,11 @@ def reduce(saveable, plain):
 
 def unpickle_distributed(unpickle, arguments, distributed, synchronized):
     """Returns a copy, with optimizers and batch norms over the ranks."""
-    # Imported here, because the optimizer's module installs `reduce`.
+    # Imported here, because both modules install `reduce`.
+    from horovod_recipes.keras._install_hooks import install_hooks
     from horovod_recipes.keras._optimizer import DistributedOptimizer
 
+    install_hooks()
     copied = unpickle(*arguments)
     for place, optimizer in _optimizers(copied).items():
         if place in distributed and not is_distributed(optimizer):

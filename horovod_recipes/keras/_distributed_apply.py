@@ -5,6 +5,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras._handshake import waits_for
 from horovod_recipes.keras._keras_hooks import trained_variables
 from horovod_recipes.keras._reduction import variable_key
 
@@ -72,6 +73,9 @@ class DistributedApply:
         self._inner = None
         self._gets_reduced_gradients = False
 
+    def process_set(self):
+        return self._reduction.process_set()
+
     def is_local(self, variable):
         return self._reduction.is_local(variable)
 
@@ -121,10 +125,11 @@ class DistributedApply:
         if self._accumulators is None:
             self._create_accumulators()
         self._accumulate(grads, trainable_variables)
+        # A step without data must not count.
+        with tf.control_dependencies(waits_for() or []):
+            passes_done = self._passes_done.assign_add(1)
         tf.cond(
-            tf.equal(self._passes_done.assign_add(1), self._passes),
-            self._apply_accumulated,
-            lambda: None,
+            passes_done >= self._passes, self._apply_accumulated, lambda: None
         )
 
     def _reduce_and_apply(self, grads, variables):
@@ -139,14 +144,16 @@ class DistributedApply:
             # no step in which the ranks could find that they differ.
             with tf.init_scope():
                 tf.function(self._reduction)(grads, variables, trained)
-        if self._inner is None:
-            self._local_apply(grads, variables)
-            return
-        self._inner._gets_reduced_gradients = True
-        try:
-            self._local_apply(grads, variables)
-        finally:
-            self._inner._gets_reduced_gradients = False
+        # Keras counts an update that has no data: nothing there waits for them.
+        with tf.control_dependencies(waits_for() or []):
+            if self._inner is None:
+                self._local_apply(grads, variables)
+                return
+            self._inner._gets_reduced_gradients = True
+            try:
+                self._local_apply(grads, variables)
+            finally:
+                self._inner._gets_reduced_gradients = False
 
     def passes_done(self):
         """Returns the number of micro-batches since the last update."""

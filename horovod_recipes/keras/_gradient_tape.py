@@ -6,6 +6,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras._install_hooks import install_hooks
 from horovod_recipes.keras._keras_hooks import copy_recording
 from horovod_recipes.keras._reduction import GradientReduction
 from horovod_recipes.keras._reduction import ReductionOptions
@@ -58,6 +59,7 @@ def DistributedGradientTape(
             "Argument `gradtape` must be a tf.GradientTape. "
             f"Received: gradtape={gradtape!r}"
         )
+    install_hooks()
     reduction = GradientReduction(
         "DistributedGradientTape",
         ReductionOptions(

@@ -181,9 +181,9 @@ def _around(event, around_callbacks):
     plain = getattr(keras.callbacks.CallbackList, event)
 
     @functools.wraps(plain)
-    def method(self, *args, **kwargs):
-        call = functools.partial(plain, self, *args, **kwargs)
-        around_callbacks(self, event, call)
+    def method(self, *arguments, **logs):
+        call = functools.partial(plain, self, *arguments, **logs)
+        around_callbacks(self, event, call, *arguments[:1])
 
     setattr(keras.callbacks.CallbackList, event, method)
 

@@ -17,9 +17,8 @@ from horovod_recipes.keras._agreement import check_agreement
 from horovod_recipes.keras._agreement import described
 from horovod_recipes.keras._folding import not_folded
 from horovod_recipes.keras._folding import one_not_folded
+from horovod_recipes.keras._handshake import waits_for
 from horovod_recipes.keras._keras_hooks import check_outside_xla
-from horovod_recipes.keras._lockstep import data_of_step
-from horovod_recipes.keras._lockstep import note_reduction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +69,9 @@ class GradientReduction:
     def register_local(self, var):
         """Leaves the gradients of a variable to each rank from now on."""
         self._local_keys.add(variable_key(var))
+
+    def process_set(self):
+        return self._options.process_set
 
     def is_local(self, variable):
         return variable_key(variable) in self._local_keys
@@ -123,9 +125,7 @@ class GradientReduction:
     def _check_agreement(self, variables, grads, all_variables):
         if self._options.sparse_as_dense:
             grads = [tf.convert_to_tensor(grad) for grad in grads]
-        name = f"{self._name}_agreement"
-        note_reduction(name, self._options.process_set)
-        inputs = data_of_step()
+        inputs = waits_for(self._options.process_set)
         if inputs is None:
             inputs = [getattr(grad, "values", grad) for grad in grads]
         with tf.control_dependencies(inputs):
@@ -136,9 +136,8 @@ class GradientReduction:
                 "part of the loss that one rank lacks counts as 0 there, for "
                 "example by tf.GradientTape.gradient(..., "
                 "unconnected_gradients='zero')",
-                name,
+                f"{self._name}_agreement",
                 self._options.process_set,
-                is_in_step=True,
             )
 
     def share_infinities(self, grads, variables):

@@ -5,8 +5,8 @@ import warnings
 import tensorflow as tf
 
 from horovod_recipes.keras._distributed_apply import is_distributed
+from horovod_recipes.keras._handshake import with_handshake
 from horovod_recipes.keras._lockstep import TrainFunction
-from horovod_recipes.keras._lockstep import knowing_its_data
 from horovod_recipes.keras._optimizers_of import has_own_train_step
 from horovod_recipes.keras._optimizers_of import optimizers_of
 
@@ -21,11 +21,10 @@ def make_train_function(model, force, plain):
         force: Whether to make the function again if the model has one.
         plain: Keras's own function of the model and `force`.
     """
-    if model.train_function is None or force:
-        _make_train_function(model, plain)
+    function = model.train_function
     # A model may have been trained before the first DistributedOptimizer.
-    if not isinstance(model.train_function, TrainFunction):
-        model.train_function = TrainFunction(model, model.train_function)
+    if force or not isinstance(function, TrainFunction):
+        _make_train_function(model, plain)
 
 
 def _make_train_function(model, plain):
@@ -57,9 +56,12 @@ def _make_train_function(model, plain):
     # The function keeps both attributes as they are now. XLA still compiles
     # evaluation, which has no operations of Horovod.
     own_step = vars(model).get("train_step")
-    model.train_step = knowing_its_data(step)
+    function = TrainFunction(model)
+    model.train_step = with_handshake(function, step)
     try:
         plain(model, force=True)
+        function.plain = model.train_function
+        model.train_function = function
     finally:
         del model.train_step
         if own_step is not None:

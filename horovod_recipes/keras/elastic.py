@@ -468,7 +468,9 @@ class CommitStateCallback(keras.callbacks.Callback):
         # The end of the epoch commits the last batch. Committing here could
         # make a restarted job begin an empty epoch, which Keras does not
         # support.
-        last = self.model.stop_training or batch + 1 == self.params.get("steps")
+        batches_done = max(batch + 1, getattr(self.state, "batch", 0))
+        # Not `stop_training`: it may differ between ranks.
+        last = batches_done == self.params.get("steps")
         # With steps_per_execution, Keras does not call this for every batch.
         done = batch + 1 - self._committed
         if done >= self.batches_per_commit and not last:

@@ -5,6 +5,7 @@ import keras
 import tensorflow as tf
 
 from horovod_recipes.keras import _watchdog
+from horovod_recipes.keras._handshake import waits_for
 from horovod_recipes.keras._keras_hooks import check_outside_xla
 from horovod_recipes.keras._keras_hooks import moments_of
 from horovod_recipes.keras._keras_hooks import replace_moments
@@ -97,13 +98,14 @@ def _sum_over_ranks(tensor):
 
 def _tracked_sum(tensor):
     # The scope of a layer may have another number on another rank.
-    with tf.name_scope(""):
+    inputs = waits_for(hvd.global_process_set) or []
+    with tf.name_scope(""), tf.control_dependencies(inputs):
         allreduce = _watchdog.tracked(
             lambda tensors: [
                 hvd.allreduce(*tensors, op=hvd.Sum, name=_next_name())
             ]
         )
-        return allreduce([tensor])[0]
+        return allreduce([tf.identity(tensor)])[0]
 
 
 def _next_name():

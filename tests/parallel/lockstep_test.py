@@ -53,8 +53,11 @@ def on_rank_1(**arguments):
     return Counter(**of_rank({}, arguments))
 
 
-def regression(passes=1, **compile_arguments):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+def regression(passes=1, synchronized=False, **compile_arguments):
+    model = keras.Sequential([keras.Input((3,))])
+    if synchronized:
+        model.add(hvd.SyncBatchNormalization())
+    model.add(keras.layers.Dense(1))
     optimizer = keras.optimizers.SGD(0.01)
     model.compile(
         optimizer=hvd.DistributedOptimizer(
@@ -93,23 +96,27 @@ def warns_of_rank_1():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "stopped_after"),
+    "arguments",
     [
-        ({}, 3),
-        pytest.param({"run_eagerly": True}, 3, marks=pytest.mark.slow),
-        pytest.param({"jit_compile": True}, 3, marks=pytest.mark.slow),
-        ({"passes": 2}, 4),
+        {},
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.slow),
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        {"passes": 2},
+        {"synchronized": True},
+        pytest.param(
+            {"synchronized": True, "run_eagerly": True}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"synchronized": True, "passes": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
-def test_stop_of_one_rank_stops_all_after_the_next_update(
-    arguments, stopped_after
-):
+def test_stop_of_one_rank_stops_all_after_the_next_step(arguments):
     model = regression(**arguments)
     counter = on_rank_1(stop_after_batch=2)
     with warns_of_rank_1():
         fit(model, batches(8), counter, epochs=3)
-    assert both(counter.batches) == [stopped_after] * 2
-    assert both(counter.epochs) == [1, 1]
+    assert both((counter.batches, counter.epochs)) == [(3, 1)] * 2
     assert counter.stopped_at_epoch_end == [True]
     assert_same_on_all_ranks(model.weights)
 
@@ -162,9 +169,10 @@ def test_training_goes_on_after_a_stop():
     assert both((counter.batches, counter.epochs)) == [(4, 1)] * 2
 
 
-def test_terminate_on_nan():
-    """One rank has a bad example; its loss is NaN one step before all are."""
-    model = regression()
+@pytest.mark.parametrize("passes", [1, 3])
+def test_terminate_on_nan(passes):
+    """The loss stays NaN, so that the callback asks after every batch."""
+    model = regression(passes)
     counter = Counter()
     data = batches(8)
     if hvd.rank() == 1:
@@ -176,6 +184,51 @@ def test_terminate_on_nan():
     assert both(counter.batches) == [4, 4]
 
 
+def test_stop_between_two_updates():
+    """Gradients of the last batch wait on both ranks for the next `fit`."""
+    model = regression(passes=2)
+    counter = on_rank_1(stop_after_batch=4)
+    check = hvd.callbacks.ReplicaCheck(3)
+    with warns_of_rank_1():
+        fit(model, batches(8), check, counter)
+    assert both(counter.batches) == [5, 5]
+    fit(model, batches(5), check)
+    assert both(int(model.optimizer.iterations)) == [5, 5]
+    assert_same_on_all_ranks(model.weights)
+
+
+def test_stop_in_an_elastic_job():
+    model = regression()
+    state = hvd.elastic.KerasState(model, batch=0, epoch=0)
+    callbacks = [
+        hvd.elastic.UpdateBatchStateCallback(state),
+        hvd.elastic.UpdateEpochStateCallback(state),
+        on_rank_1(stop_after_batch=2),
+        hvd.elastic.CommitStateCallback(state),
+    ]
+    with warns_of_rank_1():
+        fit(model, batches(8), *callbacks, epochs=3, steps_per_epoch=8)
+    assert both((state.epoch, int(model.optimizer.iterations))) == [(1, 3)] * 2
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_callback_that_trains_another_model(after):
+    """Its stop is its own, and that of the outer model is not forgotten."""
+
+    class Train(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch + 1 == after:
+                inner = on_rank_1(stop_after_batch=1)
+                with warns_of_rank_1():
+                    fit(regression(), batches(4), inner)
+                assert both(inner.batches) == [2, 2]
+
+    counter = on_rank_1(stop_after_batch=2)
+    with warns_of_rank_1():
+        fit(regression(), batches(8), Train(), counter, epochs=2)
+    assert both((counter.batches, counter.epochs)) == [(3, 1)] * 2
+
+
 @pytest.mark.parametrize("wrap", [Gan, GanWithTape])
 def test_stop_with_two_optimizers(wrap):
     model = wrap()
@@ -184,6 +237,38 @@ def test_stop_with_two_optimizers(wrap):
     with warns_of_rank_1():
         fit(model, batches(8).map(lambda x, y: x), counter)
     assert both(counter.batches) == [3, 3]
+
+
+@pytest.mark.parametrize("base", [Gan, GanWithTape])
+def test_updates_in_functions_of_their_own(base):
+    class GanOfFunctions(base):
+        def __init__(self):
+            super().__init__()
+            self.update_discriminator = tf.function(self.update_discriminator)
+            self.update_generator = tf.function(self.update_generator)
+
+        def train_step(self, real):
+            self.update_discriminator(real)
+            return {"loss": self.update_generator(real)}
+
+        def update_discriminator(self, real):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self.discriminator(real))
+            self.update(tape, loss, self.discriminator, self.d_optimizer)
+
+        def update_generator(self, real):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self(real[:, :2]))
+            self.update(tape, loss, self.generator, self.g_optimizer)
+            return loss
+
+    model = GanOfFunctions()
+    model.compile()
+    counter = Counter()
+    data = batches(4, known=False).map(lambda x, y: x)
+    fit(model, data, counter, epochs=2)
+    assert both((counter.batches, counter.epochs)) == [(8, 2)] * 2
+    assert_same_on_all_ranks(model.trainable_weights)
 
 
 def test_process_set_of_one_rank_stops_at_once(rank_0_alone):
@@ -227,7 +312,13 @@ def check_end_of_data(model, data, message, callbacks=(), **arguments):
     [
         ((5, 3), {}),
         ((3, 4), {"passes": 2}),
-        pytest.param((5, 3), {"passes": 2}, marks=pytest.mark.slow),
+        pytest.param((3, 4), {"passes": 4}, marks=pytest.mark.slow),
+        ((5, 3), {"synchronized": True}),
+        pytest.param(
+            (5, 3),
+            {"synchronized": True, "run_eagerly": True},
+            marks=pytest.mark.slow,
+        ),
         pytest.param((3, 4), {"run_eagerly": True}, marks=pytest.mark.slow),
         pytest.param((5, 3), {"jit_compile": True}, marks=pytest.mark.slow),
     ],
@@ -244,7 +335,7 @@ def test_data_that_end_within_an_execution_of_several_steps():
     check_end_of_data(
         regression(steps_per_execution=4),
         batches(of_rank(5, 7), known=False),
-        "rank 0 has no batch left after step 8",
+        "rank 0 has no batch left after step 5",
     )
 
 
@@ -283,9 +374,31 @@ def test_data_that_end_earlier_with_two_optimizers(wrap):
     check_end_of_data(model, data, "rank 1 has no batch left after step 3")
 
 
-def test_equal_data_of_unknown_length_train():
+def test_different_numbers_of_epochs():
+    with pytest.raises(
+        ValueError, match=r"numbers of epochs left: \d on rank \d"
+    ):
+        fit(regression(), batches(2), epochs=of_rank(2, 3))
+
+
+def test_optimizers_of_different_process_sets(rank_0_alone):
+    """They train as before; the ranks do not shake hands."""
+    model = Gan()
+    model.d_optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(0.01), process_set=rank_0_alone
+    )
+    model.compile()
+    counter = Counter()
+    data = batches(4, known=False).map(lambda x, y: x)
+    fit(model, data, counter, epochs=2)
+    assert both((counter.batches, counter.epochs)) == [(8, 2)] * 2
+    assert_same_on_all_ranks(model.generator.weights)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_equal_data_of_unknown_length_train(passes):
     """Evaluation may take another number of steps on each rank."""
-    model = regression()
+    model = regression(passes)
     counter = Counter()
     fit(
         model,
@@ -295,6 +408,7 @@ def test_equal_data_of_unknown_length_train():
         validation_data=batches(of_rank(2, 5), known=False),
     )
     assert both((counter.batches, counter.epochs)) == [(12, 3)] * 2
+    assert both(int(model.optimizer.iterations)) == [12 // passes] * 2
     assert_same_on_all_ranks(model.weights)
 
 
