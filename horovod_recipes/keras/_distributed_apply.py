@@ -144,6 +144,9 @@ class DistributedApply:
             # no step in which the ranks could find that they differ.
             with tf.init_scope():
                 tf.function(self._reduction)(grads, variables, trained)
+        # TensorFlow could not make variables that wait for something.
+        if not optimizer.built and any(grad is not None for grad in grads):
+            optimizer.build(variables)
         # Keras counts an update that has no data: nothing there waits for them.
         with tf.control_dependencies(waits_for() or []):
             if self._inner is None:
