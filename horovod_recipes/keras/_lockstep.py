@@ -4,6 +4,7 @@ Each step waits for all ranks. A rank that stops alone, or whose data end first,
 would leave the others waiting forever. So each step begins with a handshake.
 """
 
+import functools
 import warnings
 
 import horovod.tensorflow as hvd
@@ -17,8 +18,6 @@ from horovod_recipes.keras._handshake import TO_HEAR
 from horovod_recipes.keras._handshake import describe_end_of_data
 from horovod_recipes.keras._handshake import sum_handshakes
 from horovod_recipes.keras._optimizers_of import optimizers_of
-
-_sum_handshakes_in_graph = tf.function(sum_handshakes, autograph=False)
 
 
 class TrainFunction:
@@ -117,14 +116,22 @@ class TrainFunction:
         stop = [asks, asks * rank]
         end = [has_ended, has_ended * rank, has_ended * steps]
         numbers = tf.constant([takes_step, *stop, *end], tf.int64)
-        # Only an operation in a graph has a name by which those of other graphs
-        # find it. Eager ones are found by their order.
-        is_eager = self._model.run_eagerly
-        add_up = sum_handshakes if is_eager else _sum_handshakes_in_graph
-        sums = add_up(numbers, self.process_set).numpy()
+        sums = self._add_up(numbers).numpy()
         if 0 < sums[3] < sums[0]:
             raise ValueError(describe_end_of_data(sums))
         return sums
+
+    @functools.cached_property
+    def _add_up(self):
+        """Adds up the numbers of this rank's handshake and of the others'."""
+
+        def add_up(numbers):
+            return sum_handshakes(numbers, self.process_set)
+
+        # Only an operation in a graph has a name by which those of other graphs
+        # find it. Eager ones are found by their order.
+        is_eager = self._model.run_eagerly
+        return add_up if is_eager else tf.function(add_up, autograph=False)
 
     def end_epoch(self):
         """Stops all ranks if a callback of one of them has asked for it.
