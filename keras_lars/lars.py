@@ -83,10 +83,10 @@ class LARS(keras.optimizers.Optimizer):
             XLA program. It has an effect only on the TensorFlow backend; on
             the others the trainer compiles the step. A `tf.distribute`
             strategy with several replicas uses the ordinary update, and so
-            does a subclass with an `update_step` of its own. Optimizers with
-            equal arguments, for variables of equal shapes, share a program:
-            TensorFlow keeps each one until the process ends. Defaults to
-            `True`.
+            does a subclass with an `update_step` of its own. Optimizers that
+            differ only in the learning rate, for variables of equal shapes,
+            share a program: TensorFlow keeps each one until the process ends.
+            Defaults to `True`.
         name: String, the name of the optimizer. Defaults to `"lars"`.
         **kwargs: The keyword arguments common to Keras's optimizers:
             `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,

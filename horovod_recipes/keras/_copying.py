@@ -42,7 +42,7 @@ def reduce(saveable, plain):
 
 def unpickle_distributed(unpickle, arguments, distributed, synchronized):
     """Returns a copy, with optimizers and batch norms over the ranks."""
-    # Imported here, because both modules install `reduce`.
+    # Imported here, because both modules import this one.
     from horovod_recipes.keras._install_hooks import install_hooks
     from horovod_recipes.keras._optimizer import DistributedOptimizer
 

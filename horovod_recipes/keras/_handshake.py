@@ -101,6 +101,7 @@ def waits_for(process_set=None):
 
 
 def sum_handshakes(numbers, process_set):
+    """Returns the sums over the ranks of the six integers, in that order."""
     # On a GPU, the result would wait for the operations before it.
     with tf.device("CPU"):
         (sums,) = _watchdog.tracked(
@@ -133,6 +134,7 @@ def _check_all_have_data(sums):
 
 
 def describe_end_of_data(sums):
+    """Returns the error where the data of some ranks have ended, not of all."""
     ranks, sum_of_ranks, sum_of_steps = map(int, sums[3:])
     who = f"rank {sum_of_ranks} has" if ranks == 1 else f"{ranks} ranks have"
     return (

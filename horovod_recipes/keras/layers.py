@@ -105,7 +105,7 @@ def _tracked_sum(tensor):
                 hvd.allreduce(*tensors, op=hvd.Sum, name=_next_name())
             ]
         )
-        return allreduce([tf.identity(tensor)])[0]
+        return allreduce([tensor])[0]
 
 
 def _next_name():

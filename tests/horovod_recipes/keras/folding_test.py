@@ -27,4 +27,4 @@ step(False)
 step(True)
 assert abs(float(weight) - 3 * 0.8**2) < 1e-6, weight
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=200)
