@@ -15,6 +15,7 @@ from horovod.common.elastic import State
 from horovod.common.elastic import notification_manager
 from tensorflow.python.ops import control_flow_util
 
+from horovod_recipes._xla import xla_compiles
 from keras_lars._unwrap import innermost
 
 __all__ = [
@@ -259,8 +260,7 @@ def check_outside_xla(name):
     Raises:
         ValueError: While the function is traced, on every rank.
     """
-    graph = tf.compat.v1.get_default_graph()
-    if control_flow_util.GraphOrParentsInXlaContext(graph):
+    if xla_compiles():
         raise ValueError(
             f"{name} is inside a function with jit_compile=True, and XLA "
             "cannot compile Horovod's operations. For model.fit: "

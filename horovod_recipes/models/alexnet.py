@@ -5,10 +5,10 @@ import functools
 import keras
 from keras import layers
 
+from horovod_recipes.models.batch_norm import batch_norm_layer
 from horovod_recipes.models.layers import IMAGENET_MEAN
 from horovod_recipes.models.layers import GroupedConv2D
 from horovod_recipes.models.layers import LocalResponseNormalization
-from horovod_recipes.models.layers import batch_norm_layer
 
 # Smallest height and width of an image, in pixels.
 # At this size the last pooling window covers its whole input.
@@ -46,7 +46,7 @@ def alexnet(
         num_classes: Integer, the number of logits.
         normalization: `"lrn"` or `"batch_norm"`. Defaults to `"lrn"`.
         batch_norm: `"micro_batch"` or `"synchronized"`; see
-            `layers.batch_norm_layer`. Defaults to `"micro_batch"`.
+            `batch_norm.batch_norm_layer`. Defaults to `"micro_batch"`.
         batch_norm_momentum: Float, the weight of the old moving statistics in
             an update. Defaults to `0.9`, as in NVIDIA's file.
         batch_norm_epsilon: Float, added to the variance. Defaults to `1e-4`,

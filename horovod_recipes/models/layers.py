@@ -9,32 +9,6 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STDDEV = (58.395, 57.12, 57.375)
 
 
-def batch_norm_layer(kind, **arguments):
-    """Returns the batch norm layer that a config asks for.
-
-    Args:
-        kind: `"micro_batch"` or `"synchronized"`. The first, also called ghost
-            batch norm, computes its statistics over the images of one rank in
-            one forward pass. The second computes them over the images of all
-            ranks in that pass; it needs Horovod.
-        **arguments: The arguments of `keras.layers.BatchNormalization`.
-
-    Raises:
-        ValueError: If `kind` is neither of the two.
-    """
-    if kind == "micro_batch":
-        return layers.BatchNormalization(**arguments)
-    if kind == "synchronized":
-        # Loading and planning other networks must not need Horovod.
-        from horovod_recipes.keras import SyncBatchNormalization
-
-        return SyncBatchNormalization(**arguments)
-    raise ValueError(
-        'Argument `batch_norm` must be "micro_batch" or "synchronized". '
-        f"Received: batch_norm={kind!r}"
-    )
-
-
 @keras.saving.register_keras_serializable("horovod_recipes")
 class GroupedConv2D(layers.Conv2D):
     """A grouped convolution, computed as one ordinary convolution per group.

@@ -5,9 +5,9 @@ import functools
 import keras
 from keras import layers
 
+from horovod_recipes.models.batch_norm import batch_norm_layer
 from horovod_recipes.models.layers import IMAGENET_MEAN
 from horovod_recipes.models.layers import IMAGENET_STDDEV
-from horovod_recipes.models.layers import batch_norm_layer
 
 
 def resnet50(
@@ -38,7 +38,7 @@ def resnet50(
             it, as in the paper. In `"v1.5"` the second, 3x3, has it, as in
             MLPerf. Defaults to `"v1.5"`.
         batch_norm: `"micro_batch"` or `"synchronized"`; see
-            `layers.batch_norm_layer`. Defaults to `"micro_batch"`.
+            `batch_norm.batch_norm_layer`. Defaults to `"micro_batch"`.
         batch_norm_momentum: Float, the weight of the old moving statistics in
             an update. Defaults to `0.9`, as in MLPerf.
         batch_norm_epsilon: Float, added to the variance. Defaults to `1e-5`,

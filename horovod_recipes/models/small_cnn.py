@@ -3,6 +3,8 @@
 import keras
 from keras import layers
 
+from horovod_recipes.models.batch_norm import FusedBatchNormalization
+
 
 def small_cnn(image_shape, num_classes, filters=16):
     """Returns a network that two CPU cores train in half a minute.
@@ -26,7 +28,7 @@ def small_cnn(image_shape, num_classes, filters=16):
             kernel_initializer="he_normal",
             name=f"conv{index}",
         )(x)
-        x = layers.BatchNormalization(momentum=0.9, name=f"bn{index}")(x)
+        x = FusedBatchNormalization(momentum=0.9, name=f"bn{index}")(x)
         x = layers.ReLU(name=f"relu{index}")(x)
     x = layers.Flatten(name="flatten")(x)
     # The loss needs logits in float32, whatever the precision.
