@@ -333,8 +333,17 @@ class Rule(typing.NamedTuple):
     is_adapted: bool
 
 
-def new_values(rule, gradient, variable, velocity, learning_rate):
+def new_values(rule, gradient, variable, velocity, learning_rate, norm=None):
     """Computes one step. The docstring of `LARS` explains the letters.
+
+    Args:
+        rule: `Rule`.
+        gradient: Tensor.
+        variable: Tensor.
+        velocity: Tensor.
+        learning_rate: Float32 tensor.
+        norm: Function of a tensor and its number of elements that returns its
+            norm in float32. Defaults to that of all elements.
 
     Returns:
         The variable, its velocity and its trust ratio after the step.
@@ -345,18 +354,19 @@ def new_values(rule, gradient, variable, velocity, learning_rate):
     v = ops.cast(velocity, dtype)
     m = rule.momentum
     b = rule.weight_decay
+    norm = norm or _norm
     d = g + b * w if b else g
 
     if rule.momentum_style == "popular":
         v = m * v + d
         u = m * v + d if rule.nesterov else v
-        r = _trust_ratio(rule, w, u, 0.0, learning_rate)
+        r = _trust_ratio(rule, w, u, 0.0, learning_rate, norm)
         step = ops.cast(learning_rate * r, dtype) * u
     else:
         if rule.trust_ratio_norm == "joint":
-            r = _trust_ratio(rule, w, d, 0.0, learning_rate)
+            r = _trust_ratio(rule, w, d, 0.0, learning_rate, norm)
         else:
-            r = _trust_ratio(rule, w, g, b, learning_rate)
+            r = _trust_ratio(rule, w, g, b, learning_rate, norm)
         pytorch = rule.momentum_style == "pytorch"
         s = ops.cast(r if pytorch else learning_rate * r, dtype) * d
         v = m * v + s
@@ -368,7 +378,7 @@ def new_values(rule, gradient, variable, velocity, learning_rate):
     return new_variable, ops.cast(v, velocity.dtype), r
 
 
-def _trust_ratio(rule, w, u, b, learning_rate):
+def _trust_ratio(rule, w, u, b, learning_rate, norm):
     """Returns the float32 trust ratio of a variable.
 
     Its denominator is `norm(u) + b * norm(w) + epsilon`, where `u` is the
@@ -378,8 +388,8 @@ def _trust_ratio(rule, w, u, b, learning_rate):
     if not rule.is_adapted:
         return unadapted
     size = math.prod(w.shape)
-    w_norm = _norm(w, size)
-    u_norm = _norm(u, size)
+    w_norm = norm(w, size)
+    u_norm = norm(u, size)
     # "!= 0" lets NaN through to the weights; "> 0" would hide it.
     adaptable = ops.logical_and(w_norm != 0, u_norm != 0)
     denominator = u_norm + b * w_norm + rule.epsilon
