@@ -36,7 +36,12 @@ def resnet50_v1(image_size):
 
 
 def update_function(
-    network, micro_batch, accumulation, xla, process_set=hvd.global_process_set
+    network,
+    micro_batch,
+    accumulation,
+    xla,
+    process_set=hvd.global_process_set,
+    groups=None,
 ):
     """Returns a function that makes an update over the ranks of a set.
 
@@ -46,6 +51,7 @@ def update_function(
         accumulation: Integer, micro-batches per update.
         xla: Whether XLA compiles the forward and backward pass.
         process_set: The ranks that average their gradients.
+        groups: How many groups of gradients travel; see `DistributedOptimizer`.
     """
     network.compile(
         hvd.DistributedOptimizer(
@@ -54,6 +60,7 @@ def update_function(
             backward_passes_per_step=accumulation,
             average_aggregated_gradients=True,
             process_set=process_set,
+            groups=groups,
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         steps_per_execution=accumulation,

@@ -75,10 +75,13 @@ def DistributedOptimizer(
         average_aggregated_gradients: Whether to divide the sum by
             `backward_passes_per_step`. Defaults to `False`, as in Horovod.
         num_groups: Deprecated by Horovod in favour of `groups`.
-        groups: Which gradients travel together, in one operation per dtype.
-            An integer >= 1 is the number of groups. A list holds lists of
-            variables or of their paths; each variable in no list travels
-            alone. The result is the same. Defaults to all together.
+        groups: Which gradients travel together, in one operation per dtype. A
+            group travels as soon as the backward pass has made its gradients.
+            An integer >= 1 is the number of groups, of about equal bytes; with
+            1, all wait for the last. A list holds lists of variables or of
+            their paths; each variable in no list travels alone. The result is
+            the same. Defaults to a group for each MiB, and at most 16; in eager
+            mode, to 1.
         process_set: The `ProcessSet` to reduce over; other ranks keep their
             own gradients. Defaults to all ranks.
         scale_local_gradients: Whether to divide the gradients of local

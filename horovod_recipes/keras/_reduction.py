@@ -20,6 +20,11 @@ from horovod_recipes.keras._folding import one_not_folded
 from horovod_recipes.keras._handshake import waits_for
 from horovod_recipes.keras._keras_hooks import check_outside_xla
 
+# How many groups there are by default. They travel during the backward pass.
+# Smaller groups would cost more time than they save.
+MAX_DEFAULT_GROUPS = 16
+MIN_DEFAULT_GROUP_BYTES = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class ReductionOptions:
@@ -104,6 +109,9 @@ class GradientReduction:
         local = [i for i in present if self.is_local(variables[i])]
         shared = [i for i in present if i not in local]
         groups = _split(shared, variables, self._groups)
+        # The backward pass ends at the first layers. Each group waits for the
+        # one before, so the group that is complete first must come first.
+        groups.sort(key=min, reverse=True)
         with tf.control_dependencies(
             self._check_agreement(
                 [variables[i] for i in shared],
@@ -289,18 +297,10 @@ def _checked_groups(groups, num_groups):
 
 def _split(indices, variables, groups):
     """Returns lists of indices whose gradients travel together."""
-    if not indices:
-        return []
     if groups is None:
-        return [indices]
+        groups = _default_groups(indices, variables)
     if isinstance(groups, int):
-        size, larger = divmod(len(indices), groups)
-        ends = [(n + 1) * size + min(n + 1, larger) for n in range(groups)]
-        return [
-            indices[begin:end]
-            for begin, end in zip([0] + ends[:-1], ends, strict=True)
-            if begin < end
-        ]
+        return _split_by_bytes(indices, variables, groups)
     _check_paths(groups, variables)
     split, left = [], list(indices)
     for group in groups:
@@ -314,6 +314,31 @@ def _split(indices, variables, groups):
         if members:
             split.append(members)
     return split + [[i] for i in left]
+
+
+def _default_groups(indices, variables):
+    """Returns the number of groups that is the fastest in most jobs."""
+    # In eager mode all gradients are there when the first group leaves.
+    if tf.executing_eagerly():
+        return 1
+    total = sum(_bytes(variables[i]) for i in indices)
+    return max(1, min(MAX_DEFAULT_GROUPS, total // MIN_DEFAULT_GROUP_BYTES))
+
+
+def _split_by_bytes(indices, variables, number):
+    """Returns at most `number` groups of about equal bytes, the last first."""
+    total = sum(_bytes(variables[i]) for i in indices)
+    groups, begin = {}, 0
+    for i in reversed(indices):
+        # A group takes the variables that begin in its part of the bytes.
+        part = begin * number // max(total, 1)
+        groups.setdefault(part, []).insert(0, i)
+        begin += _bytes(variables[i])
+    return list(groups.values())
+
+
+def _bytes(variable):
+    return variable.shape.num_elements() * tf.as_dtype(variable.dtype).size
 
 
 def _check_paths(groups, variables):

@@ -90,6 +90,13 @@ class Cluster:
             _run("tc", *link, "root", "tbf", *limits)
             return "tbf"
 
+    def limit(self, host, rate):
+        """Limits what a host sends, for example to `"1gbit"`."""
+        link = ("-n", self.namespace(host), "qdisc", "add", "dev", "eth0")
+        # A smaller bucket would empty between two ticks of the kernel's clock.
+        limits = ("rate", rate, "burst", "1mb", "latency", "100ms")
+        _run("tc", *link, "root", "tbf", *limits)
+
     def speed_up(self, host):
         name = self.namespace(host)
         _run("tc", "-n", name, "qdisc", "delete", "dev", "eth0", "root")

@@ -99,14 +99,28 @@ def test_groups_as_a_number():
     assert group_sizes(variables, 1) == [5]
     assert group_sizes(variables, 2) == [3, 2]
     assert group_sizes(variables, 9) == [1] * 5
+    # Groups of equal bytes, from the last variable to the first.
+    variables = [keras.Variable(np.zeros(n)) for n in (1, 2, 1, 4, 300, 2)]
+    assert group_sizes(variables, 2) == [2, 4]
+
+
+def test_by_default_there_is_a_group_for_each_mib():
+    mib = 2**18  # Numbers in float32.
+    variables = [
+        keras.Variable(np.zeros(mib // 4, "float32")) for _ in range(12)
+    ]
+    assert group_sizes(variables, None) == [4, 4, 4]
+    variables = [keras.Variable(np.zeros(mib, "float32")) for _ in range(32)]
+    assert group_sizes(variables, None) == [2] * 16
 
 
 def test_groups_as_lists_tell_variables_of_one_name_apart():
     variables = [keras.Variable([0.0], name="kernel") for _ in range(5)]
     first, second, third, *_ = variables
-    assert group_sizes(variables, [[first, third], [second]]) == [2, 1, 1, 1]
+    # The last layers have their gradients first.
+    assert group_sizes(variables, [[first, third], [second]]) == [1, 1, 1, 2]
     # A Keras variable and its tf.Variable are the same variable.
-    assert group_sizes(variables, [[first.value, third, second]]) == [3, 1, 1]
+    assert group_sizes(variables, [[first.value, third, second]]) == [1, 1, 3]
 
 
 def test_groups_by_path():
@@ -116,7 +130,7 @@ def test_groups_by_path():
     )
     variables = model.trainable_variables
     kernels = [v.path for v in variables if v.name == "kernel"]
-    assert group_sizes(variables, [kernels]) == [3, 1, 1, 1]
+    assert group_sizes(variables, [kernels]) == [1, 1, 1, 3]
     with pytest.raises(ValueError, match="'kernel'"):
         group_sizes(variables, [["kernel"]])
 
