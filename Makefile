@@ -109,7 +109,8 @@ job-tests: .venv/done $(DATA)
 	$(BIN)/python -m benchmarks.photos
 	$(JOB) $(PYTEST) $(TWO_AT_A_TIME) -m slow
 	$(TWO_RANKS) $(PARALLEL_PYTEST) -m slow
-	timeout --kill-after=10 3000 $(PYTEST) tests/jobs tests/examples
+	timeout --kill-after=10 3000 $(PYTEST) $(TWO_AT_A_TIME) \
+	  tests/jobs tests/examples
 
 ## test-cluster    test on two hosts made of network namespaces; needs root
 test-cluster: .venv/done $(DATA)

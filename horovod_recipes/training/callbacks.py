@@ -17,6 +17,9 @@ from horovod_recipes.training import logs
 from horovod_recipes.training.failures import raised_on_every_rank
 from keras_lars.callbacks import TrustRatioLogger
 
+# A job notes at each step whether its weights are finite.
+READ_NOTES_EVERY_STEPS = 10
+
 
 def all_callbacks(job, watchdog, sigterm, others):
     """Returns the callbacks of a job on this rank, in the order that they need.
@@ -27,8 +30,11 @@ def all_callbacks(job, watchdog, sigterm, others):
         sigterm: From `sigterm_noted`.
         others: List of callbacks, the argument of `train_and_evaluate`.
     """
+    not_finite = StopOnNonFinite()
     return [
         watchdog,
+        job.throughput,
+        StopOnSigterm(job, sigterm, not_finite),
         hvd.callbacks.BroadcastGlobalVariablesCallback(root_rank=0),
         hvd.callbacks.AverageNonTrainableWeights(),
         hvd.callbacks.ExactMetrics(),
@@ -36,13 +42,11 @@ def all_callbacks(job, watchdog, sigterm, others):
             job.measured.get("metric_sums") if hvd.rank() == 0 else None
         ),
         *others,
-        StopOnNonFinite(),
+        not_finite,
         hvd.callbacks.ReplicaCheck(job.config.check_replicas_every_steps),
-        job.throughput,
         job.target,
         *report_callbacks(job),
         SaveCheckpoints(job),
-        StopOnSigterm(job, sigterm),
     ]
 
 
@@ -94,40 +98,62 @@ class StoppedBySigterm(Exception):
 
 
 class StopOnSigterm(keras.callbacks.Callback):
-    """Saves and stops all ranks at the same step after a SIGTERM to any rank.
+    """Saves and stops all ranks after the same step, after a SIGTERM to any.
 
-    After the last step of an epoch, it lets the evaluation run first. List this
-    callback last.
+    It asks `fit` to stop, which stops all ranks together: after this step if
+    all ranks ask for it, otherwise after the next. If that is the last step of
+    an epoch, the epoch ends as others do, with its evaluation. List this
+    callback before those that work at the end of an epoch.
 
     Args:
         job: The `Job`.
         sigterm: From `sigterm_noted`.
+        not_finite: The `StopOnNonFinite` of the job.
 
     Raises:
         StoppedBySigterm: On every rank, after rank 0 has saved a checkpoint.
-        JobError: On every rank, if rank 0 cannot save one.
+        JobError: On every rank, if the weights are not finite, or rank 0 cannot
+            save them.
     """
 
-    def __init__(self, job, sigterm):
+    def __init__(self, job, sigterm, not_finite):
         super().__init__()
         self._job = job
         self._steps_done = job.steps_done
         self._sigterm = sigterm
+        self._not_finite = not_finite
 
     def on_train_batch_end(self, batch, logs=None):
         self._steps_done += 1
-        within_epoch = self._steps_done % self._job.size.steps_per_epoch
-        if within_epoch and self._any_rank_got_sigterm():
+        self._ask_to_stop()
+
+    def on_test_begin(self, logs=None):
+        self._stop_within_epoch()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._stop_within_epoch()
+        self._ask_to_stop()
+
+    def on_train_end(self, logs=None):
+        is_done = self._steps_done == self._job.size.steps
+        if not is_done and self._any_rank_got_sigterm():
+            self._stop({})
+
+    def _ask_to_stop(self):
+        if self._sigterm.is_set():
+            self.model.stop_training = True
+
+    def _stop_within_epoch(self):
+        is_within = self._steps_done % self._job.size.steps_per_epoch > 0
+        # All ranks have the same `stop_training` now.
+        stops = is_within and self.model.stop_training
+        if stops and self._any_rank_got_sigterm():
+            self._not_finite.check()
             hvd.average_variables(self.model.non_trainable_weights)
             sums = hvd.sum_over_ranks(_metric_variables(self))
             self._stop({"metric_sums": [s.numpy().tolist() for s in sums]})
 
-    def on_epoch_end(self, epoch, logs=None):
-        if self._any_rank_got_sigterm():
-            self._stop({})
-
     def _any_rank_got_sigterm(self):
-        # The signal may reach only some ranks, or at different steps.
         sigterm = tf.constant(float(self._sigterm.is_set()))
         return hvd.allreduce(sigterm, op=hvd.Sum, name="stop_on_sigterm") > 0
 
@@ -237,9 +263,11 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._job = job
 
     def on_epoch_end(self, epoch, logs=None):
+        begin = time.perf_counter()
         with raised_on_every_rank():
             if hvd.rank() == 0:
                 self._save(epoch + 1, logs)
+        self._job.checkpoint_seconds += time.perf_counter() - begin
 
     def _save(self, epochs_done, logs):
         job, config = self._job, self._job.config
@@ -268,7 +296,8 @@ class StopOnNonFinite(keras.callbacks.Callback):
 
     It checks the weights, not the loss. A NaN loss on any rank makes the
     averaged gradients NaN, and so the weights of all ranks. Since all ranks
-    have the same weights, they stop at the same step.
+    have the same weights, they stop at the same step. Each step is checked, but
+    reading the results would wait for it. So they are read every few steps.
 
     The loss can be infinite or NaN while the weights are finite, for example if
     a loss scale skips every step. The callback finds that at the end of an
@@ -280,22 +309,40 @@ class StopOnNonFinite(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         variables = self.model.trainable_variables
+        # The first step that left each variable not finite; 0 if none did.
+        self._steps = tf.Variable(
+            np.zeros(len(variables), np.int64), trainable=False
+        )
+        iterations = self.model.optimizer.iterations
 
         @tf.function(autograph=False)
-        def finite():
-            return tf.stack(
-                [tf.reduce_all(tf.math.is_finite(v.value)) for v in variables]
-            )
+        def note():
+            finite = [
+                tf.reduce_all(tf.math.is_finite(v.value)) for v in variables
+            ]
+            step = tf.cast(iterations.value, tf.int64)
+            is_first = tf.equal(self._steps, 0) & ~tf.stack(finite)
+            self._steps.assign(tf.where(is_first, step, self._steps))
 
-        self._finite = finite
+        self._note, self._notes = note, 0
 
     def on_train_batch_end(self, batch, logs=None):
-        finite = self._finite().numpy()
-        if finite.all():
+        self._note()
+        self._notes += 1
+        if self._notes % READ_NOTES_EVERY_STEPS == 0:
+            self.check()
+
+    def on_test_begin(self, logs=None):
+        self.check()
+
+    def check(self):
+        """Raises a `JobError` if a step has left a weight not finite."""
+        steps = self._steps.numpy()
+        if not steps.any():
             return
+        step = steps[steps > 0].min()
         variables = self.model.trainable_variables
-        paths = [variables[i].path for i in np.flatnonzero(~finite)]
-        step = int(self.model.optimizer.iterations)
+        paths = [variables[i].path for i in np.flatnonzero(steps == step)]
         named = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         raise JobError(
             f"the loss is not finite: step {step} left infinities or NaN in "
@@ -304,6 +351,7 @@ class StopOnNonFinite(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch, logs=None):
+        self.check()
         for name, value in logs.items():
             if not math.isfinite(value):
                 raise JobError(
@@ -314,30 +362,62 @@ class StopOnNonFinite(keras.callbacks.Callback):
 
 
 class Throughput(keras.callbacks.Callback):
-    """Measures the images per second of training, over all ranks.
+    """Measures the images per second of training, and the time of evaluation.
 
-    It skips evaluation, and the first step of each `fit`, which compiles.
+    The images are those of all ranks. The time is that of epochs by the clock,
+    with their input and callbacks. It leaves out evaluation, what follows the
+    last step of an epoch, and the first step of each `fit`, which compiles.
+    List this callback before those that work at the end of an epoch.
     """
 
     def __init__(self, global_batch_size):
         super().__init__()
         self._global_batch_size = global_batch_size
-        self._seconds = []
+        self._steps = 0
+        self._seconds = 0.0
+        self.evaluation_seconds = 0.0
 
     def on_train_begin(self, logs=None):
         self._compiles = True
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._start()
+
     def on_train_batch_begin(self, batch, logs=None):
-        self._begin = time.perf_counter()
+        if self._compiles and self._epoch_steps:
+            self._compiles = False
+            self._start()
 
     def on_train_batch_end(self, batch, logs=None):
-        if not self._compiles:
-            self._seconds.append(time.perf_counter() - self._begin)
-        self._compiles = False
+        self._epoch_steps += 1
+
+    def on_test_begin(self, logs=None):
+        self._stop()
+        self._evaluation_begin = time.perf_counter()
+
+    def on_test_end(self, logs=None):
+        now = time.perf_counter()
+        self.evaluation_seconds += now - self._evaluation_begin
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._stop()
 
     def images_per_second(self):
         """Returns the mean so far, or None before the second step."""
-        if not self._seconds:
+        if not self._steps:
             return None
-        images = self._global_batch_size * len(self._seconds)
-        return round(images / sum(self._seconds), 1)
+        images = self._global_batch_size * self._steps
+        return round(images / self._seconds, 1)
+
+    def _start(self):
+        self._epoch_steps = 0
+        self._begin = time.perf_counter()
+
+    def _stop(self):
+        if not self._epoch_steps:
+            return
+        if not self._compiles:
+            self._seconds += time.perf_counter() - self._begin
+            self._steps += self._epoch_steps
+        self._compiles = False
+        self._epoch_steps = 0

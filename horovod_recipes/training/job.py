@@ -85,6 +85,7 @@ class Job:
     throughput: job_callbacks.Throughput
     target: job_callbacks.TargetTop1 = None
     mlperf_log: logs.MLPerfLog = None
+    checkpoint_seconds: float = 0.0
     # Updates that earlier sessions have done.
     steps_done: int = 0
     # Measurements that earlier sessions saved.
@@ -197,6 +198,8 @@ def run(job, watchdog, callbacks):
         with warnings.catch_warnings():
             # Keras prints this for every dataset whose length is unknown.
             warnings.filterwarnings("ignore", "Your input ran out of data")
+            # A SIGTERM may reach some ranks only.
+            warnings.filterwarnings("ignore", "Training stops because")
             top1, epochs = fit_parts(job, watchdog, all_callbacks)
         skipped = hvd.allgather_object(job.corrupt_images.names)
         return top1, epochs, set().union(*skipped)
@@ -321,6 +324,8 @@ def summarise(job, top1, epochs, skipped):
         "top1": round(100 * top1, 3),
         "expected_top1": job.config.expected_top1,
         "images_per_second": job.throughput.images_per_second(),
+        "evaluation_seconds": round(job.throughput.evaluation_seconds, 1),
+        "checkpoint_seconds": round(job.checkpoint_seconds, 1),
         **job.target.measured(),
         "corrupt_images_skipped": len(skipped),
         "workdir": str(job.workdir),

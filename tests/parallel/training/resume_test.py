@@ -23,14 +23,14 @@ from tests.parallel.training.tiny_job import tiny_config
 
 
 class SigtermToRank1(keras.callbacks.Callback):
-    """Sends SIGTERM to rank 1 after an update, as a cluster would."""
+    """Sends SIGTERM to rank 1 before an update, as a cluster would."""
 
     def __init__(self, step):
         super().__init__()
         self._step = step
 
-    def on_train_batch_end(self, batch, logs=None):
-        is_time = int(self.model.optimizer.iterations) == self._step
+    def on_train_batch_begin(self, batch, logs=None):
+        is_time = int(self.model.optimizer.iterations) + 1 == self._step
         if hvd.rank() == 1 and is_time:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -77,7 +77,7 @@ def test_sigterm_to_one_rank_saves_and_stops_all(
     whole, parts = accumulated_job.workdir, shared_folder / "parts"
     changes = {"max_micro_batch_size": 64}
     with pytest.raises(StoppedBySigterm) as stop:
-        run_job(parts, callbacks=[SigtermToRank1(step=5)], **changes)
+        run_job(parts, callbacks=[SigtermToRank1(step=4)], **changes)
     assert stop.value.steps_done == 5
     # The job has restored the default action of the signal.
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -141,7 +141,7 @@ def test_callback_stops_a_job_that_was_resumed_in_an_epoch(shared_folder):
     """Its epoch is evaluated, though the config evaluates later ones only."""
     workdir = shared_folder / "run"
     with pytest.raises(StoppedBySigterm):
-        run_job(workdir, callbacks=[SigtermToRank1(step=2)])
+        run_job(workdir, callbacks=[SigtermToRank1(step=1)])
     stop = StopAfterEpoch(epoch=0)
     summary = run_job(workdir, "resume", callbacks=[stop])
     assert (summary["epochs"], summary["steps"]) == (1, 3)
