@@ -22,9 +22,13 @@ from benchmarks.speed import allreduce
 from benchmarks.speed import allreduce_model
 from benchmarks.speed import callbacks
 from benchmarks.speed import input_pipeline
+from benchmarks.speed import job
+from benchmarks.speed import memory
 from benchmarks.speed import norm
 from benchmarks.speed import optimizer_step
+from benchmarks.speed import overlap
 from benchmarks.speed import scaling
+from benchmarks.speed import training_step
 from benchmarks.speed import xla_step
 
 DOCS = pathlib.Path("docs")
@@ -60,8 +64,12 @@ class Benchmark:
 
 
 BENCHMARKS = (
+    Benchmark(training_step, "training_step.json"),
+    Benchmark(job, "job.json", (GLOO,)),
+    Benchmark(overlap, "overlap.json", ("", MPI)),
     Benchmark(optimizer_step, "optimizer_step_cpu.json"),
     Benchmark(norm, "norm.json"),
+    Benchmark(memory, "memory.json"),
     Benchmark(allreduce, "allreduce.json", (GLOO, MPI)),
     Benchmark(allreduce_model, "allreduce_model.json", (GLOO,)),
     Benchmark(callbacks, "callbacks.json", (GLOO,)),

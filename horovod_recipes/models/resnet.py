@@ -137,9 +137,14 @@ def bottleneck_block(
     x = convolution(filters, 1, strides=stride1, name=f"{name}_conv1")(x)
     x = norm(name=f"{name}_bn1")(x)
     x = layers.ReLU(name=f"{name}_relu1")(x)
-    # With a stride of 2, "same" would pad an even side at one end only.
-    x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
-    x = convolution(filters, 3, strides=stride2, name=f"{name}_conv2")(x)
+    padding = "same"
+    if stride2 > 1:
+        # With a stride of 2, "same" would pad an even side at one end only.
+        x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
+        padding = "valid"
+    x = convolution(
+        filters, 3, strides=stride2, padding=padding, name=f"{name}_conv2"
+    )(x)
     x = norm(name=f"{name}_bn2")(x)
     x = layers.ReLU(name=f"{name}_relu2")(x)
     x = convolution(4 * filters, 1, name=f"{name}_conv3")(x)

@@ -87,6 +87,66 @@ def optimizer_step(model, chosen):
     return _results.table(header, rows)
 
 
+def ratios():
+    """Returns the table of docs/performance.md: this project beside others."""
+    rows = []
+
+    def add(what, beside, ratio, better, command):
+        cell = _results.cell(ratio, ".2f")
+        module = f"`{command}`"
+        rows.append([what, beside, cell, better, module])
+
+    for part in read_result("training_step.json")["results"]:
+        size, threads = part["image_size"], part["threads"]
+        add(
+            f"images/s, ResNet-50 {part['version']}, {size} x {size}, "
+            f"{threads} thread{'s' * (threads > 1)}",
+            part["peer"],
+            part["steps"]["this_project"]["ratio"],
+            "above 1",
+            "training_step",
+        )
+    for ways in read_result("job.json")["results"].values():
+        milliseconds = ways["bare fit"]["ms"][0]
+        add(
+            f"speed of a job, updates of {milliseconds:.0f} ms",
+            "a bare `fit`",
+            ways["job"]["speed"],
+            "1",
+            "job",
+        )
+    for link, part in read_result("overlap.json").items():
+        limit = part["ways"]["no communication"]["ratio"][0]
+        add(
+            f"time of a step, link {link}",
+            "all gradients in one group",
+            part["ways"]["default"]["ratio"],
+            f"{limit:.2f}, without communication",
+            "overlap",
+        )
+    for model, part in read_result("optimizer_step_cpu.json").items():
+        (line,) = (
+            line for line in part["results"] if line["optimizer"] == "LARS, XLA"
+        )
+        add(
+            f"time of LARS's update, {model}",
+            "SGD of Keras with XLA",
+            line["ratio"],
+            "below 1",
+            "optimizer_step",
+        )
+    pipeline = read_result("input_pipeline.json")
+    add(
+        "images/s of the input, inception-style",
+        "fused decode and crop alone",
+        pipeline["ratio_to_fused_decode_and_crop"]["ours, inception"],
+        "1",
+        "input_pipeline",
+    )
+    header = ["what", "beside", "ratio", "limit", "benchmarks.speed"]
+    return _results.table(header, rows)
+
+
 def study(name, network):
     return large_batch.markdown(read_result(name)["cells"], network)
 
@@ -99,6 +159,7 @@ def printed_plan():
 
 TABLES = {
     "plan": printed_plan,
+    "ratios": ratios,
     "upstream_binding": bindings,
     "upstream_binding.short": lambda: bindings(SHORT_PROMISES),
     "optimizer_step.short": lambda: optimizer_step(

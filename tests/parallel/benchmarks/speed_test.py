@@ -10,6 +10,7 @@ import tensorflow as tf
 import horovod_recipes.keras as hvd
 from benchmarks.speed import allreduce
 from benchmarks.speed import callbacks
+from benchmarks.speed import job
 from benchmarks.speed import scaling
 from benchmarks.speed import xla_step
 
@@ -53,6 +54,20 @@ def test_xla_step_compares_the_two():
     assert [line["xla"] for line in lines] == [False, True]
     assert lines[0]["ratio"] == [1.0, 1.0, 1.0]
     assert lines[1]["images_per_second"][0] > 0
+
+
+@pytest.mark.slow
+def test_job_is_timed_beside_fit(monkeypatch, shared_folder):
+    monkeypatch.setattr(job, "EPOCH_SECONDS", 0.01)
+    monkeypatch.setattr(job, "MIN_STEPS", 3)
+    with hvd.callbacks.Watchdog() as watchdog:
+        times = job.measure(4, 2, shared_folder / "run", watchdog)
+    ways = job.summary(times)
+    assert {"bare fit", "job", "without the handshake"} < ways.keys()
+    assert ways["bare fit"]["speed"] == [1.0, 1.0, 1.0]
+    assert all(way["ms"][0] > 0 for way in ways.values())
+    table = job.markdown({"results": {4: ways}})
+    assert "| StopOnSigterm | " in table
 
 
 def test_callbacks_are_timed_on_rank_0():
