@@ -30,8 +30,8 @@ from horovod_recipes.training import job as training_job
 
 # Images per rank and update; the updates take about 20 and 100 ms on two cores.
 MICRO_BATCHES = (20, 120)
-# Seconds of an epoch, about, and its least number of steps. The first epoch must
-# have the first step in which a callback compiles something.
+# Seconds of an epoch, about, and its least number of steps. In the first epoch,
+# each callback must do its work once, and compile.
 EPOCH_SECONDS = 2
 MIN_STEPS = 101
 # The callbacks that do something at every step.
