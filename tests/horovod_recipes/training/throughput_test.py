@@ -18,10 +18,10 @@ class Sleep(keras.callbacks.Callback):
         time.sleep(0.05)
 
     def on_test_begin(self, logs=None):
-        time.sleep(0.5)
+        time.sleep(1)
 
     def on_epoch_end(self, epoch, logs=None):
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -41,7 +41,7 @@ def test_callbacks_count_and_evaluation_does_not(steps, evaluates):
         callbacks=[throughput, Sleep()],
         verbose=0,
     )
-    # A step takes 50 ms and a little more.
-    assert BATCH / 0.2 < throughput.images_per_second() < BATCH / 0.05
+    # A step takes 50 ms and more, and 1 s if other sleeps count.
+    assert BATCH / 0.9 < throughput.images_per_second() < BATCH / 0.05
     # The sleep of the other callback, in three evaluations.
-    assert throughput.evaluation_seconds >= (1.5 if evaluates else 0)
+    assert throughput.evaluation_seconds >= (3 if evaluates else 0)
