@@ -7,8 +7,12 @@ input asks for a step. The answer is a line with its seconds.
 """
 
 import importlib
+import os
 import sys
 import time
+
+# TensorFlow leaves oneDNN off on some processors, where it is 3 times as fast.
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 
 
 def this_project(version, size, micro_batch, optimizer="SGD"):
