@@ -11,8 +11,8 @@ import os
 import sys
 import time
 
-# TensorFlow leaves oneDNN off on some processors, where it is 3 times as fast.
-os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+# TensorFlow leaves oneDNN off on some processors; docs/performance.md has more.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 def this_project(version, size, micro_batch, optimizer="SGD"):

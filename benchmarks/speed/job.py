@@ -7,7 +7,7 @@ each: by `fit` with the callbacks of a job and its progress bar, by a bare `fit`
 with a `DistributedOptimizer`, and by a bare `fit` with one of the callbacks. It
 also leaves out the handshake with which each step begins, and the comparison of
 the ranks' gradients. All take turns. The time is that of an epoch after the
-first, without evaluation. It takes 15 minutes on 2 cores.
+first, without evaluation. On 2 cores it takes 15 minutes, by a guess.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from horovod_recipes.configs import demo
 from horovod_recipes.training import callbacks as job_callbacks
 from horovod_recipes.training import job as training_job
 
-# Images per rank and update; the updates take about 20 and 100 ms on two cores.
+# Images per rank and update; an update took 26 and 72 ms on two cores.
 MICRO_BATCHES = (20, 120)
 # Seconds of an epoch, about, and its least number of steps. In the first epoch,
 # each callback must do its work once, and compile.
