@@ -10,11 +10,12 @@ ROOMS_BELOW = {
     f"{RECIPES}.errors": set(),
     f"{RECIPES}.install_horovod": set(),
     f"{RECIPES}._quiet": set(),
+    f"{RECIPES}._xla": set(),
     f"{RECIPES}.configs": {"errors", "data", "models"},
     f"{RECIPES}.data": {"errors", "_quiet"},
     # Synchronized batch norm alone needs the binding.
-    f"{RECIPES}.models": {"keras"},
-    f"{RECIPES}.keras": {"install_horovod", "keras_lars"},
+    f"{RECIPES}.models": {"_xla", "keras"},
+    f"{RECIPES}.keras": {"_xla", "install_horovod", "keras_lars"},
     f"{RECIPES}.training": {
         "configs",
         "data",
@@ -43,11 +44,12 @@ ROOMS_BELOW = {
 }
 # The packages import none of the last three.
 PROJECT = ("keras_lars", RECIPES, "benchmarks", "examples", "tests")
-# Both packages share these two, and commands the others.
+# Both packages share the first two, and rooms or commands the others.
 SHARED_PRIVATE = (
     "keras_lars._files",
     "keras_lars._unwrap",
     f"{RECIPES}._quiet",
+    f"{RECIPES}._xla",
     # The list of recipes is the files without an underscore.
     f"{RECIPES}.configs._",
 )
