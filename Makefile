@@ -139,7 +139,9 @@ gpu-build-test: .settings
 	rm -rf build/gpu
 
 ## compat          test the oldest and the newest TensorFlow and Keras
-COMPAT_TESTS := $(addprefix tests/keras_lars/, keras_names_test.py lars_test.py) \
+COMPAT_TESTS := $(addprefix tests/keras_lars/, keras_names_test.py \
+  lars_test.py lars_compiled_test.py lars_saving_test.py \
+  lars_arguments_test.py xla_flags_test.py) \
   tests/horovod_recipes/keras/hooks_test.py
 COMPAT_PARALLEL_TESTS := $(addprefix tests/parallel/, optimizer_test.py \
   reduction_test.py loss_scale_test.py gradient_tape_test.py xla_test.py \

@@ -95,6 +95,7 @@ def run(flags, argv, callbacks):
     with raised_on_every_rank():
         process.choose_gpu()
         config_name = _config_flag.parse(flags, argv)
+        process.make_updates_fast(flags.config)
         if flags.config.deterministic:
             process.run_operations_one_by_one()
         mode = run_mode(flags)

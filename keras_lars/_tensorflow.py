@@ -4,6 +4,7 @@ import functools
 
 import keras
 
+from keras_lars import _xla_flags
 from keras_lars._packs import pack_variables
 
 
@@ -41,6 +42,7 @@ def update(
         tuple(rules),
         tuple(map(_spec, variables)),
         tuple(map(_spec, velocities)),
+        _xla_flags.writes_two_outputs(),
     )
     program(
         [_handle(variable) for variable in variables],
@@ -52,7 +54,7 @@ def update(
 
 
 @functools.cache
-def _program(new_values, rules, variable_specs, velocity_specs):
+def _program(new_values, rules, variable_specs, velocity_specs, two_outputs):
     """Returns a program that knows no variables, but gets their handles.
 
     A program that got the variables would not work after they are deleted.
@@ -73,6 +75,7 @@ def _program(new_values, rules, variable_specs, velocity_specs):
                 _read(variable, variable_specs[i]),
                 _read(velocity, velocity_specs[i]),
                 learning_rate,
+                apart=two_outputs,
             )
             _assign(velocity, v)
             _assign(variable, w)

@@ -333,7 +333,9 @@ class Rule(typing.NamedTuple):
     is_adapted: bool
 
 
-def new_values(rule, gradient, variable, velocity, learning_rate, norm=None):
+def new_values(
+    rule, gradient, variable, velocity, learning_rate, norm=None, apart=False
+):
     """Computes one step. The docstring of `LARS` explains the letters.
 
     Args:
@@ -344,6 +346,8 @@ def new_values(rule, gradient, variable, velocity, learning_rate, norm=None):
         learning_rate: Float32 tensor.
         norm: Function of a tensor and its number of elements that returns its
             norm in float32. Defaults to that of all elements.
+        apart: Whether to compute the new variable without the new velocity,
+            where that is possible. The result differs by rounding.
 
     Returns:
         The variable, its velocity and its trust ratio after the step.
@@ -368,9 +372,16 @@ def new_values(rule, gradient, variable, velocity, learning_rate, norm=None):
         else:
             r = _trust_ratio(rule, w, g, b, learning_rate, norm)
         pytorch = rule.momentum_style == "pytorch"
-        s = ops.cast(r if pytorch else learning_rate * r, dtype) * d
-        v = m * v + s
-        step = m * v + s if rule.nesterov else v
+        rate = ops.cast(r if pytorch else learning_rate * r, dtype)
+        new_v = m * v + rate * d
+        if rule.nesterov:
+            step = m * new_v + rate * d
+        elif apart and m:
+            # XLA must not find a part of `new_v` in it.
+            step = m * (v + (rate / m * g + rate * b / m * w))
+        else:
+            step = new_v
+        v = new_v
         if pytorch:
             step = ops.cast(learning_rate, dtype) * step
 

@@ -20,19 +20,15 @@ Horovod's timeline records three more updates of each kind. A figure shows their
 parts: computing, waiting for the slowest rank, the allreduce, and the update.
 """
 
-import json
 import os
-import pathlib
 import statistics
-import tempfile
 import time
-
-import tensorflow as tf
 
 import horovod_recipes.keras as hvd
 from benchmarks import _measure
 from benchmarks import _results
 from benchmarks.speed import _ranks
+from benchmarks.speed import _timeline
 
 # Parts of an update, and their colors in the figure.
 PARTS = {
@@ -43,8 +39,6 @@ PARTS = {
 }
 # Updates in the timeline.
 RECORDED_UPDATES = 3
-# Time limit for Horovod's thread to finish the timeline's file, in seconds.
-TIMELINE_LIMIT_S = 10
 
 
 def pin_to_core():
@@ -53,20 +47,6 @@ def pin_to_core():
     core = cores[hvd.local_rank() % len(cores)]
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), {core})
-
-
-def named_allreduce(name, process_set=hvd.global_process_set):
-    """Returns a function that waits for all ranks of a set."""
-
-    # The timeline names only operations of a graph. From a graph TensorFlow
-    # removes operations without results or with constant inputs.
-    @tf.function(autograph=False)
-    def allreduce(tensor):
-        return hvd.grouped_allreduce(
-            [tensor], name=name, process_set=process_set
-        )
-
-    return lambda: allreduce(tf.zeros([1]))
 
 
 def speeds(updates, images, barrier, rounds):
@@ -92,28 +72,21 @@ def speeds(updates, images, barrier, rounds):
 
 def recorded_parts(update, process_set, barrier):
     """Returns rank 0's seconds in each part of an update."""
-    begins = named_allreduce("mark_begins", process_set)
-    ends = named_allreduce("mark_ends", process_set)
+    begins = _timeline.named_allreduce("mark_begins", process_set)
+    ends = _timeline.named_allreduce("mark_ends", process_set)
     takes_part = 0 in process_set.ranks
     if takes_part:
         begins()
         ends()
     parts = []
     for _ in range(RECORDED_UPDATES):
-        with tempfile.TemporaryDirectory() as folder:
-            timeline = pathlib.Path(folder, "timeline.json")
-            barrier()
-            if hvd.rank() == 0:
-                hvd.start_timeline(str(timeline))
-            barrier()
+        with _timeline.recorded(barrier) as events:
             if takes_part:
                 begins()
                 update()
                 ends()
-            barrier()
-            if hvd.rank() == 0:
-                hvd.stop_timeline()
-                parts.append(parts_of_update(read_timeline(timeline)))
+        if events:
+            parts.append(parts_of_update(events))
     return {
         name: statistics.median(part[name] for part in parts)
         for name in PARTS
@@ -121,21 +94,9 @@ def recorded_parts(update, process_set, barrier):
     }
 
 
-def read_timeline(path):
-    """Returns the events of a timeline that has just stopped."""
-    deadline = time.monotonic() + TIMELINE_LIMIT_S
-    while True:
-        try:
-            return json.loads(path.read_text())
-        except (json.JSONDecodeError, FileNotFoundError):
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.1)
-
-
 def parts_of_update(events):
     """Returns the seconds in each part of the update between two marks."""
-    spans = spans_of_timeline(events)
+    spans = _timeline.spans(events)
     marks = [span for span in spans if "mark_" in span[0]]
     gradients = [
         span
@@ -160,21 +121,6 @@ def parts_of_update(events):
     }
 
 
-def spans_of_timeline(events):
-    """Returns `(operation, activity, begin, end)`, with times in us."""
-    operations, open_spans, spans = {}, {}, []
-    for event in events:
-        lane = event["pid"]
-        if event.get("name") == "process_name":
-            operations[lane] = event["args"].get("name", "")
-        elif event["ph"] == "B":
-            open_spans.setdefault(lane, []).append((event["name"], event["ts"]))
-        elif event["ph"] == "E" and open_spans.get(lane):
-            name, begin = open_spans[lane].pop()
-            spans.append((operations[lane], name, begin, event["ts"]))
-    return spans
-
-
 def measure(network, micro_batch, accumulation, rounds, alone):
     """Returns the result for one number of micro-batches per update.
 
@@ -193,7 +139,7 @@ def measure(network, micro_batch, accumulation, rounds, alone):
         )
         for kind, process_set in sets.items()
     }
-    barrier = named_allreduce("barrier")
+    barrier = _timeline.named_allreduce("barrier")
     images = micro_batch * accumulation
     # The first rounds compile.
     speeds(updates, images, barrier, rounds=2)
@@ -303,8 +249,7 @@ def main():
         help="micro-batches per update (default: 8 1)",
     )
     options = parser.parse_args()
-    # Allows the timeline to start later.
-    os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"
+    _timeline.allow()
     alone = [hvd.ProcessSet([rank]) for rank in range(launched_ranks())]
     with _ranks.start(process_sets=alone):
         machine = _measure.machine()

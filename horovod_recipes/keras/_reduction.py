@@ -12,6 +12,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes import _groups
 from horovod_recipes.keras import _watchdog
 from horovod_recipes.keras._agreement import check_agreement
 from horovod_recipes.keras._agreement import described
@@ -19,11 +20,6 @@ from horovod_recipes.keras._folding import not_folded
 from horovod_recipes.keras._folding import one_not_folded
 from horovod_recipes.keras._handshake import waits_for
 from horovod_recipes.keras._keras_hooks import check_outside_xla
-
-# How many groups there are by default. They travel during the backward pass.
-# NVIDIA's ResNet-50 for MXNet has 16 too. A group has a cost of its own.
-MAX_DEFAULT_GROUPS = 16
-MIN_DEFAULT_GROUP_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,10 +293,13 @@ def _checked_groups(groups, num_groups):
 
 def _split(indices, variables, groups):
     """Returns lists of indices whose gradients travel together."""
-    if groups is None:
-        groups = _default_groups(indices, variables)
-    if isinstance(groups, int):
-        return _split_by_bytes(indices, variables, groups)
+    if groups is None or isinstance(groups, int):
+        sizes = [_bytes(variables[i]) for i in indices]
+        number = groups or _default_number(sizes)
+        return [
+            [indices[place] for place in places]
+            for places in _groups.split_by_bytes(sizes, number)
+        ]
     _check_paths(groups, variables)
     split, left = [], list(indices)
     for group in groups:
@@ -316,25 +315,10 @@ def _split(indices, variables, groups):
     return split + [[i] for i in left]
 
 
-def _default_groups(indices, variables):
+def _default_number(sizes):
     """Returns the number of groups where the user does not choose it."""
     # In eager mode all gradients are there when the first group leaves.
-    if tf.executing_eagerly():
-        return 1
-    total = sum(_bytes(variables[i]) for i in indices)
-    return max(1, min(MAX_DEFAULT_GROUPS, total // MIN_DEFAULT_GROUP_BYTES))
-
-
-def _split_by_bytes(indices, variables, number):
-    """Returns at most `number` groups of about equal bytes, the last first."""
-    total = sum(_bytes(variables[i]) for i in indices)
-    groups, begin = {}, 0
-    for i in reversed(indices):
-        # A group takes the variables that begin in its part of the bytes.
-        part = begin * number // max(total, 1)
-        groups.setdefault(part, []).insert(0, i)
-        begin += _bytes(variables[i])
-    return list(groups.values())
+    return 1 if tf.executing_eagerly() else _groups.default_number(sizes)
 
 
 def _bytes(variable):

@@ -14,6 +14,8 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.models.flops import training_flops
 from horovod_recipes.planning.hardware import allreduce_seconds
 from horovod_recipes.planning.hardware import find_hardware
+from horovod_recipes.planning.overlap import allreduce_times
+from horovod_recipes.planning.overlap import gradients_of
 from horovod_recipes.training.build import create_network
 from horovod_recipes.training.build import create_schedule
 from horovod_recipes.training.job_size import job_size
@@ -23,6 +25,9 @@ TABLE_RANKS = [2**power for power in range(3, 13)]
 # How often a LARS update under XLA reads or writes all parameters.
 # docs/performance.md counts them.
 UPDATE_PASSES = 9
+# Share of the backward pass in the time of a step. It has two products for each
+# product of the forward pass.
+BACKWARD_SHARE = 2 / 3
 # Images below which the plan warns about batch norm's statistics.
 # Goyal et al., arXiv 1706.02677, section 5.1, never use fewer.
 FEWEST_BATCH_NORM_IMAGES = 32
@@ -63,9 +68,9 @@ def make_plan(config, ranks, hardware_name):
     job = job_size(config, ranks)
     model = create_network(config, image_shape(config.dataset))
     image_flops = training_flops(model)
-    message_bytes = 4 * trainable_parameters(model)
+    gradients = gradients_of(model)
     seconds = functools.partial(
-        step_seconds, hardware, achieved, image_flops, message_bytes
+        step_seconds, hardware, achieved, image_flops, gradients
     )
     return {
         "hardware": {
@@ -89,7 +94,7 @@ def make_plan(config, ranks, hardware_name):
         "schedule": schedule_points(config, job),
         "memory": memory_per_device(model, config.precision, job),
         "training_flops_per_image": image_flops,
-        "allreduce_bytes": message_bytes,
+        "allreduce_bytes": sum(size for size, _ in gradients),
         "step": seconds(job),
         "scaling": [scaling_row(config, n, seconds) for n in TABLE_RANKS],
     }
@@ -153,25 +158,39 @@ def activation_bytes(model):
     return sum(kept.values())
 
 
-def step_seconds(hardware, achieved, image_flops, message_bytes, job):
-    """Returns the seconds of an update's parts, which do not overlap.
+def step_seconds(hardware, achieved, image_flops, gradients, job):
+    """Returns the seconds of an update's parts.
 
     Args:
         hardware: A `Hardware`.
         achieved: Float, the FLOP/s that a device achieves.
         image_flops: Integer, the FLOPs to train on one image.
-        message_bytes: Integer, the bytes of one rank's gradients.
+        gradients: List of `(bytes, ready)`, as `gradients_of` returns it.
         job: A `JobSize`.
+
+    Returns:
+        A dict. `"exposed_allreduce"` is the part after the backward pass, and
+        `"hidden_allreduce"` the part during it. `"total"` leaves out the hidden
+        part.
     """
-    images = job.micro_batch_size * job.accumulation_steps
-    parts = {
-        "forward_and_backward": images * image_flops / achieved,
-        "allreduce": allreduce_seconds(hardware, job.ranks, message_bytes),
-        "update": (
-            UPDATE_PASSES * message_bytes / hardware.memory_bytes_per_second
-        ),
+    micro_batch = job.micro_batch_size * image_flops / achieved
+    compute = job.accumulation_steps * micro_batch
+    # Accumulated gradients wait for the end of the last backward pass.
+    is_hidden = job.accumulation_steps == 1
+    busy, exposed = allreduce_times(
+        gradients,
+        BACKWARD_SHARE * micro_batch if is_hidden else 0.0,
+        functools.partial(allreduce_seconds, hardware, job.ranks),
+    )
+    parameter_bytes = sum(size for size, _ in gradients)
+    update = UPDATE_PASSES * parameter_bytes / hardware.memory_bytes_per_second
+    return {
+        "forward_and_backward": compute,
+        "exposed_allreduce": exposed,
+        "hidden_allreduce": busy - exposed,
+        "update": update,
+        "total": compute + exposed + update,
     }
-    return parts | {"total": sum(parts.values())}
 
 
 def scaling_row(config, ranks, seconds):
@@ -201,7 +220,7 @@ def scaling_row(config, ranks, seconds):
         "step": step,
         "images_per_second": job.global_batch_size / step["total"],
         # Relative to the same devices without an allreduce.
-        "efficiency": 1 - step["allreduce"] / step["total"],
+        "efficiency": 1 - step["exposed_allreduce"] / step["total"],
         "training_seconds": job.steps * step["total"],
         "note": note,
     }

@@ -8,6 +8,7 @@ from absl import logging
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
+from keras_lars import _xla_flags
 
 
 def write_whole_lines():
@@ -42,6 +43,15 @@ def choose_gpu():
             "CUDA_VISIBLE_DEVICES=-1"
         )
     tf.config.set_visible_devices(gpus[hvd.local_rank()], "GPU")
+
+
+def make_updates_fast(config):
+    """Lets XLA update a weight and its velocity in one pass, on a CPU.
+
+    The flag is for the whole process. It was not tried on whole networks.
+    """
+    if not config.xla and not tf.config.list_physical_devices("GPU"):
+        _xla_flags.allow_two_outputs()
 
 
 def run_operations_one_by_one():

@@ -15,6 +15,7 @@ from benchmarks.study import large_batch
 from horovod_recipes.configs import resnet50
 from horovod_recipes.planning import estimate
 from horovod_recipes.planning import page
+from tests.docs import published
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"
@@ -162,8 +163,24 @@ def printed_plan():
     return f"```text\n{page.as_text(plan, 'resnet50:32k')}\n```"
 
 
+def published_efficiencies():
+    """Returns the plan's efficiencies beside published ones."""
+    rows = [
+        [
+            what,
+            f"{theirs:.1f}",
+            *(f"{ours:.1f}", f"{ours - theirs:+.1f}"),
+            *(f"{overlapped:.1f}", f"{overlapped - theirs:+.1f}"),
+        ]
+        for what, theirs, ours, overlapped in published.efficiencies()
+    ]
+    header = ["", "published", "no overlap", "error", "overlap", "error"]
+    return _results.table(header, rows)
+
+
 TABLES = {
     "plan": printed_plan,
+    "plan.published": published_efficiencies,
     "ratios": ratios,
     "upstream_binding": bindings,
     "upstream_binding.short": lambda: bindings(SHORT_PROMISES),

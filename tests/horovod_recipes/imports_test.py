@@ -9,13 +9,14 @@ ROOMS_BELOW = {
     "keras_lars": set(),
     f"{RECIPES}.errors": set(),
     f"{RECIPES}.install_horovod": set(),
+    f"{RECIPES}._groups": set(),
     f"{RECIPES}._quiet": set(),
     f"{RECIPES}._xla": set(),
     f"{RECIPES}.configs": {"errors", "data", "models"},
     f"{RECIPES}.data": {"errors", "_quiet"},
     # Synchronized batch norm alone needs the binding.
     f"{RECIPES}.models": {"_xla", "keras"},
-    f"{RECIPES}.keras": {"_xla", "install_horovod", "keras_lars"},
+    f"{RECIPES}.keras": {"_groups", "_xla", "install_horovod", "keras_lars"},
     f"{RECIPES}.training": {
         "configs",
         "data",
@@ -25,6 +26,7 @@ ROOMS_BELOW = {
         "models",
     },
     f"{RECIPES}.planning": {
+        "_groups",
         "configs",
         "data",
         "errors",
@@ -44,10 +46,12 @@ ROOMS_BELOW = {
 }
 # The packages import none of the last three.
 PROJECT = ("keras_lars", RECIPES, "benchmarks", "examples", "tests")
-# Both packages share the first two, and rooms or commands the others.
+# Both packages share the first three, and rooms or commands the others.
 SHARED_PRIVATE = (
     "keras_lars._files",
     "keras_lars._unwrap",
+    "keras_lars._xla_flags",
+    f"{RECIPES}._groups",
     f"{RECIPES}._quiet",
     f"{RECIPES}._xla",
     # The list of recipes is the files without an underscore.

@@ -18,6 +18,7 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
 from horovod_recipes.models.flops import training_flops
 from horovod_recipes.planning import estimate
+from horovod_recipes.planning import overlap
 from horovod_recipes.planning import page
 from horovod_recipes.planning.hardware import HARDWARE
 from horovod_recipes.planning.hardware import RESNET50_V1_5_FLOPS
@@ -171,16 +172,63 @@ def test_memory_in_half_precision_on_one_rank():
     }
 
 
-def test_step():
-    step = estimate.step_seconds(TOY, 1e9, 1e6, 1e8, JobSize(2, 5, 3, 1, 1))
+def test_step_with_accumulation_hides_nothing():
+    gradients = [(5e7, 1.0), (5e7, 0.5)]
+    step = estimate.step_seconds(
+        TOY, 1e9, 1e6, gradients, JobSize(2, 5, 3, 1, 1)
+    )
     assert step == {
         # 15 images of 1 MFLOP at 1 GFLOP/s.
         "forward_and_backward": pytest.approx(0.015),
-        "allreduce": pytest.approx(2 * 0.051),
+        # Both gradients leave as one message.
+        "exposed_allreduce": pytest.approx(2 * 0.051),
+        "hidden_allreduce": 0,
         # 9 passes over 100 MB at 1 GB/s.
         "update": pytest.approx(0.9),
         "total": pytest.approx(0.015 + 2 * 0.051 + 0.9),
     }
+
+
+def test_step_hides_what_is_complete_early():
+    gradients = [(5e7, 1.0), (5e7, 0.5)]
+    step = estimate.step_seconds(
+        TOY, 1e9, 6e7, gradients, JobSize(2, 5, 1, 1, 1)
+    )
+    # 5 images take 0.3 s, and their backward pass 0.2 s. Half of it is
+    # left when the last gradient is complete, whose allreduce takes 52 ms.
+    assert step["forward_and_backward"] == pytest.approx(0.3)
+    assert step["hidden_allreduce"] == pytest.approx(2 * 0.026)
+    assert step["exposed_allreduce"] == pytest.approx(2 * 0.026)
+    assert step["total"] == pytest.approx(0.3 + 0.052 + 0.9)
+
+
+def test_groups_that_wait_leave_together():
+    # One group per gradient, which are complete at 1, 2 and 4 s.
+    gradients = [(2**20, 1.0), (2**20, 0.5), (2**20, 0.25)]
+    sent = []
+
+    def seconds_of_message(size):
+        sent.append(size / 2**20)
+        return 5.0
+
+    # The first message ends after 6 s, when both others are waiting. The
+    # backward pass takes 4 s, and the second message ends after 11 s.
+    times = overlap.allreduce_times(gradients, 4.0, seconds_of_message)
+    assert times == (10.0, 7.0)
+    assert sent == [1, 2]
+
+
+def test_gradients_are_complete_from_the_last_layer_to_the_first():
+    # The convolutions take 16 x 18 and 16 x 4 products, and the dense layer 6.
+    flops = 16 * 18 + 16 * 4 + 6
+    assert overlap.gradients_of(tiny_model("float32")) == [
+        (4 * 18, 1.0),
+        (4 * 2, pytest.approx((16 * 4 + 6) / flops)),
+        (4 * 2, pytest.approx((16 * 4 + 6) / flops)),
+        (4 * 4, pytest.approx((16 * 4 + 6) / flops)),
+        (4 * 6, pytest.approx(6 / flops)),
+        (4 * 3, pytest.approx(6 / flops)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +272,18 @@ def test_scaling_table(resnet50_plan):
         assert row["training_seconds"] == 3900 * row["step"]["total"]
         assert row["images_per_second"] == 32768 / row["step"]["total"]
         assert row["efficiency"] == pytest.approx(
-            1 - row["step"]["allreduce"] / row["step"]["total"]
+            1 - row["step"]["exposed_allreduce"] / row["step"]["total"]
         )
     assert rows[5]["step"] == resnet50_plan["step"]
     assert [row["accumulation_steps"] for row in rows[:4]] == [64, 32, 16, 8]
     assert [row["micro_batch_size"] for row in rows[-3:]] == [32, 16, 8]
     assert [bool(row["note"]) for row in rows] == [False] * 8 + [True] * 2
-    efficiencies = [row["efficiency"] for row in rows]
-    assert efficiencies == sorted(efficiencies, reverse=True)
+    hidden = [row["step"]["hidden_allreduce"] > 0 for row in rows]
+    # Without accumulation, on 512 ranks and more, gradients travel early.
+    assert hidden == [False] * 6 + [True] * 4
+    for part in (rows[:6], rows[6:]):
+        efficiencies = [row["efficiency"] for row in part]
+        assert efficiencies == sorted(efficiencies, reverse=True)
 
 
 def test_table_names_ranks_that_do_not_divide_the_batch():

@@ -8,9 +8,11 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from benchmarks.speed import _timeline
 from benchmarks.speed import allreduce
 from benchmarks.speed import callbacks
 from benchmarks.speed import job
+from benchmarks.speed import overlap
 from benchmarks.speed import scaling
 from benchmarks.speed import xla_step
 
@@ -89,7 +91,7 @@ def test_speeds_of_ranks_together_apart_and_alone():
     found = scaling.speeds(
         {kind: functools.partial(update, kind) for kind in calls},
         images=10,
-        barrier=scaling.named_allreduce("barrier_of_test"),
+        barrier=_timeline.named_allreduce("barrier_of_test"),
         rounds=3,
     )
     assert calls == {"all": 3, "alone": 3 if hvd.rank() else 6}
@@ -103,18 +105,20 @@ def test_launched_ranks_are_those_of_horovod():
     assert scaling.launched_ranks() == hvd.size()
 
 
+def lane(pid, name):
+    args = {"name": name}
+    return {"name": "process_name", "ph": "M", "pid": pid, "args": args}
+
+
+def span(pid, name, begin, end):
+    return [
+        {"ph": "B", "name": name, "ts": begin * 1e6, "pid": pid},
+        {"ph": "E", "ts": end * 1e6, "pid": pid},
+    ]
+
+
 def test_parts_of_an_update_from_a_timeline():
     """Rank 0 computes for 5 s, waits for 1, reduces for 2, updates for 3."""
-
-    def lane(pid, name):
-        args = {"name": name}
-        return {"name": "process_name", "ph": "M", "pid": pid, "args": args}
-
-    def span(pid, name, begin, end):
-        return [
-            {"ph": "B", "name": name, "ts": begin * 1e6, "pid": pid},
-            {"ph": "E", "ts": end * 1e6, "pid": pid},
-        ]
 
     events = [
         lane(1, "barrier_1of1"),
@@ -135,3 +139,27 @@ def test_parts_of_an_update_from_a_timeline():
     assert scaling.parts_of_update(events) == pytest.approx(
         {"compute": 5, "wait": 1, "allreduce": 2, "update": 3}
     )
+
+
+def test_groups_of_a_step_from_a_timeline():
+    """Two groups are ready after 3 and 5 s, and take 1 and 2 s."""
+    events = [
+        lane(1, "mark_begins_1of1"),
+        lane(2, "Distributed_1_float32_1of1"),
+        lane(3, "Distributed_0_float32_1of2"),
+        lane(4, "Distributed_0_float32_2of2"),
+        lane(5, "mark_ends_1of1"),
+        *span(1, "NEGOTIATE_ALLREDUCE", 8, 9),
+        *span(1, "ALLREDUCE", 9, 10),
+        *span(3, "NEGOTIATE_ALLREDUCE", 12, 13.5),
+        *span(4, "NEGOTIATE_ALLREDUCE", 13, 13.5),
+        *span(3, "ALLREDUCE", 13.5, 14.5),
+        *span(4, "ALLREDUCE", 13.5, 14.5),
+        *span(2, "NEGOTIATE_ALLREDUCE", 15, 15.5),
+        *span(2, "ALLREDUCE", 15.5, 17.5),
+        *span(5, "NEGOTIATE_ALLREDUCE", 19, 20),
+    ]
+    assert overlap.groups_of_step(events) == {
+        "seconds": pytest.approx(9),
+        "groups": [[3, 3.5, 4.5], [5, 5.5, 7.5]],
+    }
