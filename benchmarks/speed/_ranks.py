@@ -6,6 +6,7 @@ import tensorflow as tf
 import horovod_recipes.keras as hvd
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
+from keras_lars import _xla_flags
 
 # Seconds without an operation after which a rank counts as hung.
 WATCHDOG_SECONDS = 3600
@@ -19,6 +20,8 @@ def start(threads=1, **arguments):
     """
     # TensorFlow warns that each function traces again.
     tf.get_logger().setLevel("ERROR")
+    # As a job does.
+    _xla_flags.allow_two_outputs()
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     hvd.init(**arguments)

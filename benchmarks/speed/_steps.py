@@ -20,7 +20,10 @@ def this_project(version, size, micro_batch, optimizer="SGD"):
 
     import keras_lars
     from horovod_recipes.models import MODELS
+    from keras_lars import _xla_flags
 
+    # As a job does.
+    _xla_flags.allow_two_outputs()
     model = MODELS["resnet50"]((size, size, 3), 1000, version=version)
     rates = {"learning_rate": 0.01, "momentum": 0.9}
     if optimizer == "LARS":

@@ -39,6 +39,7 @@ from benchmarks import _results
 from benchmarks.speed.peers import timm_lars
 from horovod_recipes.models import MODELS as NETWORKS
 from keras_lars import LARS
+from keras_lars import _xla_flags
 
 BACKEND = keras.backend.backend()
 BASELINE = (
@@ -409,6 +410,9 @@ def main():
     )
     options = parser.parse_args()
     check_backend(parser)
+    if BACKEND == "tensorflow":
+        # As a job does. The flag is for all optimizers of this process.
+        _xla_flags.allow_two_outputs()
     if options.peak_memory_of:
         (model,) = options.model
         print(json.dumps(peak_memory(model, options.peak_memory_of)))
