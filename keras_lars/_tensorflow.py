@@ -1,11 +1,13 @@
 """What LARS does on TensorFlow alone: XLA programs and sparse gradients."""
 
 import functools
+import typing
+from collections.abc import Callable
 
 import keras
 
 from keras_lars import _xla_flags
-from keras_lars._packs import pack_variables
+from keras_lars._stacks import stack_variables
 
 
 def xla_is_possible():
@@ -19,17 +21,15 @@ def xla_is_possible():
 
 
 def update(
-    new_values, rules, variables, velocities, ratios, gradients, learning_rate
+    formulas, rules, variables, velocities, ratios, gradients, learning_rate
 ):
-    """Updates variables by an XLA program, and small ones as one vector.
+    """Updates variables by an XLA program.
 
     TensorFlow keeps each XLA program until the process ends. So optimizers with
     equal rules, for variables of equal shapes, share one.
 
     Args:
-        new_values: Function of a rule, a gradient, a variable, its velocity,
-            the learning rate, and a function that computes the norm of a
-            tensor. It returns the new variable, velocity and ratio.
+        formulas: `Formulas`.
         rules: List of hashable rules, one per variable.
         variables: List of variables.
         velocities: List of variables.
@@ -38,7 +38,7 @@ def update(
         learning_rate: Tensor.
     """
     program = _program(
-        new_values,
+        formulas,
         tuple(rules),
         tuple(map(_spec, variables)),
         tuple(map(_spec, velocities)),
@@ -53,23 +53,30 @@ def update(
     )
 
 
+class Formulas(typing.NamedTuple):
+    """The functions of `keras_lars.lars` with these names."""
+
+    new_values: Callable
+    scaled_gradient: Callable
+
+
 @functools.cache
-def _program(new_values, rules, variable_specs, velocity_specs, two_outputs):
+def _program(formulas, rules, variable_specs, velocity_specs, two_outputs):
     """Returns a program that knows no variables, but gets their handles.
 
     A program that got the variables would not work after they are deleted.
     """
     import tensorflow as tf
 
-    packs = pack_variables(rules, variable_specs, velocity_specs)
-    packed = {i for pack in packs for i in pack.indices}
-    others = [i for i in range(len(rules)) if i not in packed]
+    stacks = stack_variables(rules, variable_specs, velocity_specs)
+    stacked = {i for stack in stacks for i in stack.places}
+    others = [i for i in range(len(rules)) if i not in stacked]
 
     @functools.partial(tf.function, jit_compile=True, autograph=False)
-    def in_xla(tensors_of_others, vectors_of_packs, learning_rate):
+    def in_xla(tensors_of_others, tensors_of_stacks, learning_rate):
         for i, tensors in zip(others, tensors_of_others, strict=True):
             gradient, variable, velocity, ratio = tensors
-            w, v, r = new_values(
+            w, v, r = formulas.new_values(
                 rules[i],
                 gradient,
                 _read(variable, variable_specs[i]),
@@ -81,46 +88,66 @@ def _program(new_values, rules, variable_specs, velocity_specs, two_outputs):
             _assign(variable, w)
             if ratio is not None:
                 _assign(ratio, r)
-        new_vectors = []
-        for pack, vectors in zip(packs, vectors_of_packs, strict=True):
-            w, v, r = new_values(
-                pack.rule, *vectors, learning_rate, norm=pack.norm
+        scaled = []
+        for stack, (gradients, variables) in zip(
+            stacks, tensors_of_stacks, strict=True
+        ):
+            s, rate, r = formulas.scaled_gradient(
+                stack.rule, gradients, variables, learning_rate, _norm_of_each
             )
-            is_adapted = r.shape.rank > 0
-            new_vectors.append([w, v, pack.one_each(r) if is_adapted else None])
-        return new_vectors
+            r = tf.reshape(r, [-1]) if stack.rule.is_adapted else None
+            scaled.append([s, rate, r])
+        return scaled
 
     def update_all(variables, velocities, ratios, gradients, learning_rate):
         gradients = [
-            tf.ensure_shape(gradient, shape)
-            for gradient, (shape, _) in zip(
-                gradients, variable_specs, strict=True
-            )
+            _cast(gradient, spec)
+            for gradient, spec in zip(gradients, variable_specs, strict=True)
         ]
         tensors = list(
             zip(gradients, variables, velocities, ratios, strict=True)
         )
-        old_vectors = [
+        tensors_of_stacks = [
             [
-                # As `new_values` does, so that all have one dtype.
-                pack.join(
-                    tf.cast(g, pack.compute_dtype) for g in pack.of(gradients)
+                tf.stack(stack.of(gradients)),
+                tf.stack(
+                    [
+                        _read(variables[i], variable_specs[i])
+                        for i in stack.places
+                    ]
                 ),
-                pack.join(_read_all(pack, variables, variable_specs)),
-                pack.join(_read_all(pack, velocities, velocity_specs)),
             ]
-            for pack in packs
+            for stack in stacks
         ]
-        new_vectors = in_xla(
-            [tensors[i] for i in others], old_vectors, learning_rate
+        scaled = in_xla(
+            [tensors[i] for i in others], tensors_of_stacks, learning_rate
         )
-        for pack, (w, v, r) in zip(packs, new_vectors, strict=True):
-            _assign_all(pack, velocities, pack.split(v))
-            _assign_all(pack, variables, pack.split(w))
+        for stack, (s, rate, r) in zip(stacks, scaled, strict=True):
+            _apply_momentum(
+                stack.rule,
+                stack.of(variables),
+                stack.of(velocities),
+                tf.unstack(s),
+                rate,
+            )
             if r is not None:
-                _assign_all(pack, ratios, tf.unstack(r))
+                for ratio, value in zip(
+                    stack.of(ratios), tf.unstack(r), strict=True
+                ):
+                    _assign(ratio, value)
 
     return tf.function(update_all, autograph=False)
+
+
+def _cast(gradient, spec):
+    """Returns a gradient in the dtype of its variable, if it has the shape."""
+    import tensorflow as tf
+
+    shape, dtype = spec
+    known = gradient.shape
+    if not (known.is_fully_defined() and known == shape):
+        gradient = tf.ensure_shape(gradient, shape)
+    return tf.cast(gradient, dtype)
 
 
 def _read(handle, spec):
@@ -128,7 +155,9 @@ def _read(handle, spec):
 
     shape, dtype = spec
     value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
-    return tf.ensure_shape(value, shape)
+    # A handle that is an argument does not know the shape.
+    value.set_shape(shape)
+    return value
 
 
 def _assign(handle, value):
@@ -137,13 +166,32 @@ def _assign(handle, value):
     tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
 
-def _read_all(pack, handles, specs):
-    return [_read(handles[i], specs[i]) for i in pack.indices]
+def _apply_momentum(rule, variables, velocities, gradients, rate):
+    """Adds gradients to velocities, and takes these off variables."""
+    import tensorflow as tf
+
+    momentum = tf.constant(rule.momentum, rate.dtype)
+    for variable, velocity, gradient in zip(
+        variables, velocities, gradients, strict=True
+    ):
+        tf.raw_ops.ResourceApplyMomentum(
+            var=variable,
+            accum=velocity,
+            lr=rate,
+            grad=gradient,
+            momentum=momentum,
+            use_nesterov=rule.nesterov,
+        )
 
 
-def _assign_all(pack, handles, values):
-    for i, value in zip(pack.indices, values, strict=True):
-        _assign(handles[i], value)
+def _norm_of_each(stack, size):
+    """Returns the float32 norm of each tensor of a stack, to multiply it by."""
+    import tensorflow as tf
+
+    del size  # Of all together.
+    squares = tf.square(tf.cast(stack, tf.float32))
+    axes = list(range(1, stack.shape.rank))
+    return tf.sqrt(tf.reduce_sum(squares, axes, keepdims=True))
 
 
 def _spec(variable):

@@ -258,7 +258,7 @@ class LARS(keras.optimizers.Optimizer):
             return
         indices = [self._get_variable_index(v) for v in trainable_variables]
         _tensorflow.update(
-            new_values,
+            _tensorflow.Formulas(new_values, scaled_gradient),
             [self._rule(index) for index in indices],
             [self._trainable_variables[index] for index in indices],
             [self._velocities[index] for index in indices],
@@ -333,9 +333,7 @@ class Rule(typing.NamedTuple):
     is_adapted: bool
 
 
-def new_values(
-    rule, gradient, variable, velocity, learning_rate, norm=None, apart=False
-):
+def new_values(rule, gradient, variable, velocity, learning_rate, apart=False):
     """Computes one step. The docstring of `LARS` explains the letters.
 
     Args:
@@ -344,8 +342,6 @@ def new_values(
         variable: Tensor.
         velocity: Tensor.
         learning_rate: Float32 tensor.
-        norm: Function of a tensor and its number of elements that returns its
-            norm in float32. Defaults to that of all elements.
         apart: Whether to compute the new variable without the new velocity,
             where that is possible. The result differs by rounding.
 
@@ -358,21 +354,15 @@ def new_values(
     v = ops.cast(velocity, dtype)
     m = rule.momentum
     b = rule.weight_decay
-    norm = norm or _norm
-    d = g + b * w if b else g
 
     if rule.momentum_style == "popular":
-        v = m * v + d
-        u = m * v + d if rule.nesterov else v
-        r = _trust_ratio(rule, w, u, 0.0, learning_rate, norm)
+        d = g + b * w if b else g
+        new_v = m * v + d
+        u = m * new_v + d if rule.nesterov else new_v
+        r = _trust_ratio(rule, w, u, 0.0, learning_rate)
         step = ops.cast(learning_rate * r, dtype) * u
     else:
-        if rule.trust_ratio_norm == "joint":
-            r = _trust_ratio(rule, w, d, 0.0, learning_rate, norm)
-        else:
-            r = _trust_ratio(rule, w, g, b, learning_rate, norm)
-        pytorch = rule.momentum_style == "pytorch"
-        rate = ops.cast(r if pytorch else learning_rate * r, dtype)
+        rate, d, r = _rate_and_direction(rule, g, w, learning_rate)
         new_v = m * v + rate * d
         if rule.nesterov:
             step = m * new_v + rate * d
@@ -381,15 +371,48 @@ def new_values(
             step = m * (v + (rate / m * g + rate * b / m * w))
         else:
             step = new_v
-        v = new_v
-        if pytorch:
+        if rule.momentum_style == "pytorch":
             step = ops.cast(learning_rate, dtype) * step
 
     new_variable = ops.cast(w - step, variable.dtype)
-    return new_variable, ops.cast(v, velocity.dtype), r
+    return new_variable, ops.cast(new_v, velocity.dtype), r
 
 
-def _trust_ratio(rule, w, u, b, learning_rate, norm):
+def scaled_gradient(rule, gradient, variable, learning_rate, norm):
+    """Computes a step up to its momentum, for variables that are stacked.
+
+    Args:
+        rule: `Rule`, whose style is not `"popular"`.
+        gradient: Float tensor.
+        variable: Float tensor.
+        learning_rate: Float32 tensor.
+        norm: Function of a tensor and its number of elements that returns its
+            norm in float32.
+
+    Returns:
+        What the velocity takes up, the factor on the velocity when it is taken
+        off the variable, and the trust ratio.
+    """
+    rate, d, r = _rate_and_direction(
+        rule, gradient, variable, learning_rate, norm
+    )
+    outer_rate = learning_rate if rule.momentum_style == "pytorch" else 1.0
+    return rate * d, ops.cast(outer_rate, variable.dtype), r
+
+
+def _rate_and_direction(rule, g, w, learning_rate, norm=None):
+    """Returns the factor and the direction that a velocity takes up."""
+    b = rule.weight_decay
+    d = g + b * w if b else g
+    if rule.trust_ratio_norm == "joint":
+        r = _trust_ratio(rule, w, d, 0.0, learning_rate, norm)
+    else:
+        r = _trust_ratio(rule, w, g, b, learning_rate, norm)
+    rate = r if rule.momentum_style == "pytorch" else learning_rate * r
+    return ops.cast(rate, w.dtype), d, r
+
+
+def _trust_ratio(rule, w, u, b, learning_rate, norm=None):
     """Returns the float32 trust ratio of a variable.
 
     Its denominator is `norm(u) + b * norm(w) + epsilon`, where `u` is the
@@ -398,6 +421,7 @@ def _trust_ratio(rule, w, u, b, learning_rate, norm):
     unadapted = ops.convert_to_tensor(rule.unadapted_scale, "float32")
     if not rule.is_adapted:
         return unadapted
+    norm = norm or _norm
     size = math.prod(w.shape)
     w_norm = norm(w, size)
     u_norm = norm(u, size)

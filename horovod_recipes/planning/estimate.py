@@ -24,7 +24,7 @@ from horovod_recipes.training.job_size import job_size
 TABLE_RANKS = [2**power for power in range(3, 13)]
 # How often a LARS update under XLA reads or writes all parameters.
 # docs/performance.md counts them.
-UPDATE_PASSES = 9
+UPDATE_PASSES = 7
 # Share of the backward pass in the time of a step. It has two products for each
 # product of the forward pass.
 BACKWARD_SHARE = 2 / 3
