@@ -35,7 +35,7 @@ DOCS = pathlib.Path("docs")
 GLOO = "horovodrun --gloo -np 2 "
 MPI = "horovodrun --mpi -np 2 "
 # Time limit of each command, in seconds.
-TIME_LIMIT_S = 1800
+TIME_LIMIT_S = 3600
 
 
 @dataclasses.dataclass(frozen=True)

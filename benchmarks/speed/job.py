@@ -7,7 +7,7 @@ each: by `fit` with the callbacks of a job and its progress bar, by a bare `fit`
 with a `DistributedOptimizer`, and by a bare `fit` with one of the callbacks. It
 also leaves out the handshake with which each step begins, and the comparison of
 the ranks' gradients. All take turns. The time is that of an epoch after the
-first, without evaluation. On 2 cores it takes 15 minutes, by a guess.
+first, without evaluation. On 2 cores, four rounds take 20 minutes.
 """
 
 import contextlib
@@ -169,7 +169,7 @@ def markdown(result):
 
 def main():
     parser = _results.parser(__spec__, __doc__, "docs/results/job.json")
-    _results.add_rounds(parser, 5)
+    _results.add_rounds(parser, 4)
     options = parser.parse_args()
     with _ranks.start() as watchdog:
         results = {}

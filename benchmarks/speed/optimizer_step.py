@@ -5,7 +5,7 @@
 
 It times LARS, Keras's SGD with momentum and Keras's Lamb on TensorFlow, with
 and without XLA, and the peers that are installed: optax, PyTorch, timm. It
-takes 10 minutes on 2 cores. On a GPU it needs JAX and no TensorFlow:
+takes 20 minutes on 2 cores. On a GPU it needs JAX and no TensorFlow:
 
     KERAS_BACKEND=jax python -m benchmarks.speed.optimizer_step
 
