@@ -41,8 +41,6 @@ TIME_LIMIT_S = 1800
 
 def measure_here(rounds):
     """Returns `{link: [seconds of each way, their steps]}` on rank 0 of two."""
-    # TensorFlow leaves it off on some processors; docs/performance.md has more.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     import horovod_recipes.keras as hvd
     from benchmarks.speed import _ranks
     from benchmarks.speed import _timeline
@@ -137,6 +135,9 @@ def measure_links():
     """Yields what `measure_here` returns, for each link between two hosts."""
     from tests.cluster.hosts import Cluster
 
+    # TensorFlow leaves it off on some processors; docs/performance.md has more.
+    # horovodrun hands it to the ranks.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     cluster = Cluster(2)
     try:
         for link, rounds in LINKS.items():
