@@ -23,7 +23,8 @@ def start(threads=1, **arguments):
     # As a job does.
     _xla_flags.allow_two_outputs()
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    # With one, TensorFlow would send the handshake after the forward pass.
+    tf.config.threading.set_inter_op_parallelism_threads(max(threads, 2))
     hvd.init(**arguments)
     return hvd.callbacks.Watchdog(WATCHDOG_SECONDS)
 
