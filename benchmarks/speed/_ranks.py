@@ -13,7 +13,7 @@ WATCHDOG_SECONDS = 3600
 
 
 def start(threads=1, **arguments):
-    """Starts Horovod on ranks with `threads` threads each.
+    """Starts Horovod on ranks with `threads` threads within an operation.
 
     Returns:
         A context for all collectives: the watchdog that a job has, too.

@@ -28,7 +28,7 @@ from horovod_recipes.configs import demo
 from horovod_recipes.training import callbacks as job_callbacks
 from horovod_recipes.training import job as training_job
 
-# Images per rank and update; an update took 26 and 72 ms on two cores.
+# Images per rank and update; an update took 29 and 63 ms on two cores.
 MICRO_BATCHES = (20, 120)
 # Seconds of an epoch, about, and its least number of steps. In the first epoch,
 # each callback must do its work once, and compile.
