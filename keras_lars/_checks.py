@@ -16,7 +16,7 @@ MOMENTUM_STYLES = ("paper", "pytorch", "popular")
 TRUST_RATIO_NORMS = ("separate", "joint")
 
 
-# The range of each argument of LARS that is a number.
+# The range of each argument that is a number.
 NUMBERS = {
     "momentum": {"below": 1},
     "weight_decay": {},
@@ -25,11 +25,20 @@ NUMBERS = {
     "unadapted_scale": {},
 }
 SWITCHES = ("nesterov", "trust_clip", "jit_compile")
+# Optimizers of Keras that cannot be inside `TrustRatio`, and why.
+REFUSED_INSIDE = {
+    "Adafactor": "its rate is that of the weights' size already",
+    "Ftrl": "its update is not proportional to its learning rate",
+    "Lamb": "it has a trust ratio already; use Adam",
+    "LossScaleOptimizer": "put it around TrustRatio",
+    "MultiOptimizer": "put a TrustRatio around each optimizer inside it",
+    "ScheduleFreeAdamW": "its weights are not those that it updates",
+}
 EXCLUSIONS = ("exclude_from_layer_adaptation", "exclude_from_weight_decay")
 
 
 def checked(name, value):
-    """Returns the value of one argument of LARS, checked by itself.
+    """Returns the value of one argument of an optimizer, checked by itself.
 
     A number becomes a Python number, which a saved file can hold. No weight
     decay may also be None, as for Keras's optimizers.
@@ -44,9 +53,43 @@ def checked(name, value):
         check_choice(name, value, MOMENTUM_STYLES)
     elif name == "trust_ratio_norm" and value is not None:
         check_choice(name, value, TRUST_RATIO_NORMS)
+    elif name == "clip" and value is not None:
+        return _checked_bounds(name, value)
     elif name in EXCLUSIONS:
         check_patterns(name, value)
     return value
+
+
+def _checked_bounds(name, value):
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        low, high = map(_python_number, value)
+        if None not in (low, high) and 0 <= low < high:
+            return low, high
+    raise ValueError(
+        f"Argument `{name}` must be None or two numbers (low, high) with "
+        f"0 <= low < high. Received: {name}={value!r}"
+    )
+
+
+def check_inner_optimizer(optimizer):
+    """Raises unless an optimizer may be inside `TrustRatio`."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "Argument `optimizer` must be a keras.optimizers.Optimizer. "
+            f"Received: optimizer={optimizer!r}"
+        )
+    reasons = {
+        name: reason
+        for name, reason in REFUSED_INSIDE.items()
+        if isinstance(optimizer, getattr(keras.optimizers, name, ()))
+    }
+    if hasattr(optimizer, "trust_ratios"):
+        reasons[type(optimizer).__name__] = "it has a trust ratio already"
+    for name, reason in reasons.items():
+        raise ValueError(
+            f"Argument `optimizer` of TrustRatio cannot be {name}: {reason}. "
+            f"Received: optimizer={optimizer!r}"
+        )
 
 
 def check_together(optimizer):

@@ -1,4 +1,4 @@
-"""The private names of Keras's optimizers that LARS uses, and why.
+"""The private names of Keras's optimizers that keras_lars uses, and why.
 
 A new version of Keras may lack one. A test then fails and names it.
 """
@@ -10,7 +10,8 @@ WHY = {
     ),
     "_backend_update_step": (
         "Overridden to compile the update of all variables as one program: "
-        "`update_step` sees one variable at a time."
+        "`update_step` sees one variable at a time. TrustRatio also replaces "
+        "and calls it on the optimizer inside: some do work there once a step."
     ),
     "_get_current_learning_rate": (
         "Overridden to call a schedule with `iterations`, which counts "
@@ -29,5 +30,13 @@ WHY = {
     ),
     "_use_weight_decay": (
         "Tells what the method `exclude_from_weight_decay` has excluded."
+    ),
+}
+
+# `ConvMuon` overrides these of `keras.optimizers.Muon`.
+WHY_OF_MUON = {
+    "_should_use_adamw": "Lets kernels of convolutions through.",
+    "zeropower_via_newtonschulz5": (
+        "Reshapes a kernel to a matrix before, and back after."
     ),
 }

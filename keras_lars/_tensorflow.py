@@ -214,3 +214,10 @@ def dense(gradient):
     # `keras.ops.convert_to_tensor` would leave it sparse.
     sparse = isinstance(gradient, tf.IndexedSlices)
     return tf.convert_to_tensor(gradient) if sparse else gradient
+
+
+def compiled(update):
+    """Returns a function that XLA compiles, with the variables that it uses."""
+    import tensorflow as tf
+
+    return tf.function(update, jit_compile=True, autograph=False)

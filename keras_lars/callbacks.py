@@ -1,4 +1,4 @@
-"""A callback that records the trust ratios of LARS during `model.fit`."""
+"""A callback that records trust ratios during `model.fit`."""
 
 import csv
 import importlib.util
@@ -12,8 +12,8 @@ from keras_lars import _heat_map
 from keras_lars._checks import check_integer
 from keras_lars._checks import check_path
 from keras_lars._files import written_atomically
+from keras_lars._ratio import LayerAdaptation
 from keras_lars._unwrap import innermost
-from keras_lars.lars import LARS
 
 
 class TrustRatioLogger(keras.callbacks.Callback):
@@ -43,8 +43,8 @@ class TrustRatioLogger(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is out of its range, when training begins
-            with another optimizer than LARS, or after the first batch if LARS
-            adapts no variable.
+            with an optimizer other than LARS and TrustRatio, or after the first
+            batch if it adapts no variable.
         ImportError: If TensorFlow, TensorBoard or Matplotlib is not installed.
 
     Example:
@@ -80,14 +80,14 @@ class TrustRatioLogger(keras.callbacks.Callback):
         self._every_n_steps = every_n_steps
 
     def on_train_begin(self, logs=None):
-        self._lars()
+        self._optimizer()
         self._step = None
         self._events = None
 
     def on_epoch_begin(self, epoch, logs=None):
         # Another callback may restore the optimizer in `on_train_begin`.
         if self._step is None:
-            self._seen(int(self._lars().iterations))
+            self._seen(int(self._optimizer().iterations))
 
     def on_train_batch_end(self, batch, logs=None):
         if self._events is None:
@@ -98,7 +98,7 @@ class TrustRatioLogger(keras.callbacks.Callback):
         self._batches_to_wait -= self._batches_per_call
         if self._batches_to_wait > 0:
             return
-        step = int(self._lars().iterations)
+        step = int(self._optimizer().iterations)
         if step // self._every_n_steps > self._step // self._every_n_steps:
             self._record(step)
         self._seen(step)
@@ -116,15 +116,16 @@ class TrustRatioLogger(keras.callbacks.Callback):
                 self._table.with_suffix(".png"),
             )
 
-    def _lars(self):
+    def _optimizer(self):
         # On JAX, Keras's `self.model` first copies the state of the training
         # loop into the variables.
         optimizer = innermost(self.model.optimizer)
-        if not isinstance(optimizer, LARS):
+        if not isinstance(optimizer, LayerAdaptation):
             raise ValueError(
-                "TrustRatioLogger needs a model that was compiled with LARS. "
-                "Pass `optimizer=keras_lars.LARS(...)` to `model.compile`, or "
-                "leave TrustRatioLogger out of `callbacks`. "
+                "TrustRatioLogger needs a model that was compiled with LARS "
+                "or TrustRatio. Pass `optimizer=keras_lars.LARS(...)` to "
+                "`model.compile`, or leave TrustRatioLogger out of "
+                "`callbacks`. "
                 f"Received: optimizer={type(optimizer).__name__}"
             )
         return optimizer
@@ -136,12 +137,12 @@ class TrustRatioLogger(keras.callbacks.Callback):
     def _open(self):
         import tensorflow as tf
 
-        optimizer = self._lars()
+        optimizer = self._optimizer()
         adapted = optimizer.trust_ratio_variables()
         if not adapted:
             raise ValueError(
-                "TrustRatioLogger has nothing to record, because LARS adapts "
-                "no variable of this model. Received: "
+                "TrustRatioLogger has nothing to record, because the "
+                "optimizer adapts no variable of this model. Received: "
                 "exclude_from_layer_adaptation="
                 f"{optimizer.exclude_from_layer_adaptation}"
             )

@@ -1,6 +1,5 @@
 """The LARS optimizer: one learning rate per layer, for large-batch training."""
 
-import math
 import typing
 
 import keras
@@ -8,13 +7,13 @@ from keras import ops
 
 from keras_lars import _checks
 from keras_lars import _tensorflow
-from keras_lars._paths import is_excluded
-from keras_lars._paths import path_of
-from keras_lars._paths import unique_paths
+from keras_lars._ratio import LayerAdaptation
+from keras_lars._ratio import compute_dtype
+from keras_lars._ratio import trust_ratio
 
 
 @keras.saving.register_keras_serializable(package="keras_lars")
-class LARS(keras.optimizers.Optimizer):
+class LARS(LayerAdaptation, keras.optimizers.Optimizer):
     """Optimizer that implements LARS, layer-wise adaptive rate scaling.
 
     With large batches the ratio of a layer's weight norm to its gradient norm
@@ -159,20 +158,6 @@ class LARS(keras.optimizers.Optimizer):
         self._is_from_config = False
         self._xla_is_possible = _tensorflow.xla_is_possible()
 
-    def __setattr__(self, name, value):
-        """Checks an argument, also one that is set after the first step.
-
-        A new value takes effect in the next step. A compiled step takes it over
-        when it is compiled again.
-        """
-        value = _checks.checked(name, value)
-        if name in _checks.EXCLUSIONS and getattr(self, "built", False):
-            raise ValueError(
-                f"Argument `{name}` cannot change after the first step. Pass "
-                "it to a new optimizer."
-            )
-        super().__setattr__(name, value)
-
     def build(self, variables):
         """Creates a velocity and a trust ratio for each model variable."""
         if self.built:
@@ -182,24 +167,7 @@ class LARS(keras.optimizers.Optimizer):
             _checks.check_patterns_match(self._exclusions(), variables)
         super().build(variables)
         self._velocities = self.add_optimizer_variables(variables, "velocity")
-        self._unique_paths = unique_paths(variables)
-        # None for a variable that is not adapted.
-        self._trust_ratios = [
-            None
-            if is_excluded(variable, self.exclude_from_layer_adaptation)
-            else self.add_variable(
-                (),
-                initializer="ones",
-                dtype="float32",
-                name=f"{path_of(variable).replace('/', '_')}_trust_ratio",
-            )
-            for variable in variables
-        ]
-        self._is_decayed = [
-            not is_excluded(variable, self._decay_exclusions)
-            and self._use_weight_decay(variable)
-            for variable in variables
-        ]
+        self._build_adaptation(variables, self.add_variable)
 
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable by `new_values`."""
@@ -212,32 +180,6 @@ class LARS(keras.optimizers.Optimizer):
         self.assign(variable, w)
         if ratio is not None:
             self.assign(ratio, r)
-
-    def trust_ratios(self):
-        """Returns `{variable path: trust ratio of the last step}`.
-
-        The ratio is the factor on the learning rate. It is `unadapted_scale`
-        for a variable that is not adapted, and 1 for an adapted variable that
-        has had no gradient yet. If several variables share a path, `_1`, `_2`
-        and so on are appended from the second variable on.
-        """
-        adapted = self.trust_ratio_variables()
-        ratios = dict.fromkeys(self._unique_paths, float(self.unadapted_scale))
-        return ratios | {p: float(v.numpy()) for p, v in adapted.items()}
-
-    def trust_ratio_variables(self):
-        """Returns `{variable path: keras.Variable}` of the adapted variables.
-
-        Each variable holds a ratio of the last step. Stacking them before
-        reading waits for the device once; `trust_ratios()` waits for each.
-        """
-        if not self.built:
-            raise ValueError(
-                "Trust ratios need an optimizer that has been built. Call "
-                "`optimizer.build(model.trainable_variables)` or train first."
-            )
-        ratios = zip(self._unique_paths, self._trust_ratios, strict=True)
-        return {path: ratio for path, ratio in ratios if ratio is not None}
 
     def apply(self, grads, trainable_variables=None):
         """Makes sparse gradients dense, then updates all variables."""
@@ -297,12 +239,6 @@ class LARS(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables):
         """Does nothing, because `update_step` adds the decay."""
 
-    def _exclusions(self):
-        return {
-            "exclude_from_layer_adaptation": self.exclude_from_layer_adaptation,
-            "exclude_from_weight_decay": self._decay_exclusions,
-        }
-
     def get_config(self):
         return {
             **super().get_config(),
@@ -348,7 +284,7 @@ def new_values(rule, gradient, variable, velocity, learning_rate, apart=False):
     Returns:
         The variable, its velocity and its trust ratio after the step.
     """
-    dtype = _compute_dtype(variable)
+    dtype = compute_dtype(variable)
     g = ops.cast(gradient, dtype)
     w = ops.cast(variable, dtype)
     v = ops.cast(velocity, dtype)
@@ -359,7 +295,7 @@ def new_values(rule, gradient, variable, velocity, learning_rate, apart=False):
         d = g + b * w if b else g
         new_v = m * v + d
         u = m * new_v + d if rule.nesterov else new_v
-        r = _trust_ratio(rule, w, u, 0.0, learning_rate)
+        r = trust_ratio(rule, w, u, clip=_clip(rule, learning_rate))
         step = ops.cast(learning_rate * r, dtype) * u
     else:
         rate, d, r = _rate_and_direction(rule, g, w, learning_rate)
@@ -404,56 +340,18 @@ def _rate_and_direction(rule, g, w, learning_rate, norm=None):
     """Returns the factor and the direction that a velocity takes up."""
     b = rule.weight_decay
     d = g + b * w if b else g
+    clip = _clip(rule, learning_rate)
     if rule.trust_ratio_norm == "joint":
-        r = _trust_ratio(rule, w, d, 0.0, learning_rate, norm)
+        r = trust_ratio(rule, w, d, clip=clip, norm=norm)
     else:
-        r = _trust_ratio(rule, w, g, b, learning_rate, norm)
+        r = trust_ratio(rule, w, g, b, clip=clip, norm=norm)
     rate = r if rule.momentum_style == "pytorch" else learning_rate * r
     return ops.cast(rate, w.dtype), d, r
 
 
-def _trust_ratio(rule, w, u, b, learning_rate, norm=None):
-    """Returns the float32 trust ratio of a variable.
-
-    Its denominator is `norm(u) + b * norm(w) + epsilon`, where `u` is the
-    gradient, the gradient with its decay, or the popular style's velocity.
-    """
-    unadapted = ops.convert_to_tensor(rule.unadapted_scale, "float32")
-    if not rule.is_adapted:
-        return unadapted
-    norm = norm or _norm
-    size = math.prod(w.shape)
-    w_norm = norm(w, size)
-    u_norm = norm(u, size)
-    # "!= 0" lets NaN through to the weights; "> 0" would hide it.
-    adaptable = ops.logical_and(w_norm != 0, u_norm != 0)
-    denominator = u_norm + b * w_norm + rule.epsilon
-    denominator = ops.where(adaptable, denominator, 1.0)
-    r = rule.trust_coefficient * w_norm / denominator
-    if rule.trust_clip:
-        # A learning rate of 0 gives inf, which the minimum turns into 1.
-        r = ops.minimum(r / learning_rate, 1.0)
-    return ops.where(adaptable, r, unadapted)
-
-
-def _norm(x, size):
-    """Returns the Euclidean norm of the `size` numbers in `x`, in float32.
-
-    XLA:CPU stores all squares of a plain sum before it adds them up, without
-    vector instructions. It adds up 16 long rows in one pass, vectorised and on
-    all threads. One sixteenth of the numbers is left. `maximum` changes no
-    value: it keeps XLA from folding both sums back into one.
-    `benchmarks.speed.norm` times this and other ways.
-    """
-    if "complex" in keras.backend.standardize_dtype(x.dtype):
-        x = ops.abs(x)
-    squares = ops.square(ops.cast(x, "float32"))
-    rows = math.gcd(size, 16)
-    row_sum = ops.sum(ops.reshape(squares, (rows, -1)), axis=0)
-    return ops.sqrt(ops.sum(ops.maximum(row_sum, 0.0)))
-
-
-def _compute_dtype(variable):
-    """Returns the dtype to compute in: float32 for half-precision variables."""
-    dtype = keras.backend.standardize_dtype(variable.dtype)
-    return "float32" if dtype in ("float16", "bfloat16") else dtype
+def _clip(rule, learning_rate):
+    """Returns the function that clips a ratio as LARC does, or None."""
+    if not rule.trust_clip:
+        return None
+    # A learning rate of 0 gives inf, which the minimum turns into 1.
+    return lambda r: ops.minimum(r / learning_rate, 1.0)

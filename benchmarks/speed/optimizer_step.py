@@ -27,6 +27,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ from benchmarks import _results
 from benchmarks.speed.peers import timm_lars
 from horovod_recipes.models import MODELS as NETWORKS
 from keras_lars import LARS
+from keras_lars import TrustRatio
 from keras_lars import _xla_flags
 
 BACKEND = keras.backend.backend()
@@ -76,6 +78,12 @@ def contenders():
     def lars(jit_compile=True):
         return LARS(1.0, weight_decay=1e-4, jit_compile=jit_compile)
 
+    def popular():
+        return LARS(1.0, weight_decay=1e-4, momentum_style="popular")
+
+    def around(inner):
+        return TrustRatio(inner, weight_decay=1e-4)
+
     def lamb():
         return keras.optimizers.Lamb(0.001)
 
@@ -84,6 +92,11 @@ def contenders():
         found = {
             "LARS, XLA": step(tensorflow_step, lars(), False),
             "LARS": step(tensorflow_step, lars(False), False),
+            "LARS popular, XLA": step(tensorflow_step, popular(), False),
+            "TrustRatio(SGD), XLA": step(tensorflow_step, around(sgd()), False),
+            "TrustRatio(Adam), XLA": step(
+                tensorflow_step, around(keras.optimizers.Adam()), False
+            ),
             BASELINE: step(tensorflow_step, sgd(), True),
             "Keras SGD momentum": step(tensorflow_step, sgd(), False),
             "Keras Lamb, XLA": step(tensorflow_step, lamb(), True),
@@ -99,6 +112,9 @@ def contenders():
         import optax
 
         found["optax.sgd"] = step(optax_step, optax.sgd(0.1, momentum=0.9))
+        found["optax.lamb"] = step(
+            optax_step, optax.lamb(0.001, weight_decay=1e-4)
+        )
         found["optax.lars"] = step(
             optax_step, optax.lars(1.0, weight_decay=1e-4)
         )
@@ -341,7 +357,7 @@ def peak_memory(model, name):
         peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
         return round(peak / 1e6)
     # Weights, gradients and velocities; Lamb has two moments.
-    arrays = 4 if "Lamb" in name else 3
+    arrays = 4 if re.search("Lamb|lamb|Adam", name) else 3
     # Leave out the memory of the compiler.
     before = _measure.memory_bytes("VmRSS")
     _measure.reset_peak_memory()

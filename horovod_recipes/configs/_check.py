@@ -5,7 +5,7 @@ from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
-OPTIMIZERS = ("lars", "sgd")
+OPTIMIZERS = ("lars", "sgd", "lamb")
 # Keys whose values must be 1 or more.
 COUNTS = (
     "dataset.num_classes",
@@ -101,13 +101,19 @@ def _check_choices(config):
         ("dataset.augmentation", AUGMENTATIONS),
         ("dataset.corrupt_images", ("stop", "skip")),
         ("precision", PRECISIONS),
-        ("optimizer_name", OPTIMIZERS),
     ):
         if _value(config, key) not in choices:
             raise JobError(
                 f"{key} must be one of {', '.join(choices)}, but is "
                 f"{_value(config, key)}"
             )
+    is_trust_ratio = config.optimizer_name.startswith("trust_ratio:")
+    if config.optimizer_name not in OPTIMIZERS and not is_trust_ratio:
+        raise JobError(
+            f"optimizer_name must be one of {', '.join(OPTIMIZERS)}, "
+            "trust_ratio:NAME with the name of an optimizer of Keras, but is "
+            f"{config.optimizer_name}"
+        )
 
 
 def _check_combinations(config):

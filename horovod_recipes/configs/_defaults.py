@@ -43,7 +43,9 @@ def get_config():
     # Makes equal jobs give bit-equal results, but slower.
     config.deterministic = False
     config.label_smoothing = 0.0
-    # "lars" or "sgd". SGD uses the momentum and weight decay of `optimizer`.
+    # "lars", "sgd", "lamb" or "trust_ratio:NAME", with its arguments in
+    # `optimizer`. SGD uses the momentum and weight decay. With "trust_ratio",
+    # `optimizer.inner` has arguments of the optimizer that is called NAME.
     config.optimizer_name = "lars"
     config.schedule = config_dict.create(power=2.0)
     config.evaluate_every_epochs = 1

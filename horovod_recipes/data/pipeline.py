@@ -77,6 +77,8 @@ class RankInput:
     corrupt_images: CorruptImages
 
 
+# AutoGraph would take a second to find no `if` or loop over tensors.
+@tf.autograph.experimental.do_not_convert
 def training_batches(
     source,
     config,
@@ -159,6 +161,7 @@ def training_batches(
     return _prefetched(batches, rank_input)
 
 
+@tf.autograph.experimental.do_not_convert
 def evaluation_batches(source, config, rank_input):
     """Returns one pass over this rank's part of the test split.
 

@@ -17,6 +17,7 @@ from horovod_recipes.planning.hardware import find_hardware
 from horovod_recipes.planning.overlap import allreduce_times
 from horovod_recipes.planning.overlap import gradients_of
 from horovod_recipes.training.build import create_network
+from horovod_recipes.training.build import create_optimizer
 from horovod_recipes.training.build import create_schedule
 from horovod_recipes.training.job_size import job_size
 
@@ -66,6 +67,7 @@ def make_plan(config, ranks, hardware_name):
     hardware = find_hardware(hardware_name, config.precision)
     peak, achieved = hardware.flops_per_second[config.precision]
     job = job_size(config, ranks)
+    optimizer = create_optimizer(config, create_schedule(config, job))
     model = create_network(config, image_shape(config.dataset))
     image_flops = training_flops(model)
     gradients = gradients_of(model)
@@ -92,7 +94,7 @@ def make_plan(config, ranks, hardware_name):
             "steps": job.steps,
         },
         "schedule": schedule_points(config, job),
-        "memory": memory_per_device(model, config.precision, job),
+        "memory": memory_per_device(model, optimizer, config.precision, job),
         "training_flops_per_image": image_flops,
         "allreduce_bytes": sum(size for size, _ in gradients),
         "step": seconds(job),
@@ -117,10 +119,11 @@ def trainable_parameters(model):
     return sum(math.prod(v.shape) for v in model.trainable_variables)
 
 
-def memory_per_device(model, precision, job):
+def memory_per_device(model, optimizer, precision, job):
     """Returns the bytes of each part of a device's memory.
 
-    They count what the device holds at the end of a forward pass.
+    They count what the device holds at the end of a forward pass. The optimizer
+    gets built.
     """
     parameters = trainable_parameters(model)
     memory = {
@@ -128,11 +131,18 @@ def memory_per_device(model, precision, job):
         "weights in half precision": 2 * parameters * (precision != "float32"),
         "gradients": 4 * parameters,
         "accumulated gradients": 4 * parameters * (job.accumulation_steps > 1),
-        "momentum": 4 * parameters,
+        "optimizer's state": optimizer_bytes(optimizer, model),
         "Horovod's copy of the gradients": 4 * parameters * (job.ranks > 1),
         "activations": job.micro_batch_size * activation_bytes(model),
     }
     return {name: size for name, size in memory.items() if size}
+
+
+def optimizer_bytes(optimizer, model):
+    """Returns the bytes of an optimizer's moments, without its scalars."""
+    optimizer.build(model.trainable_variables)
+    moments = [v for v in optimizer.variables if v.shape != ()]
+    return sum(4 * math.prod(v.shape) for v in moments)
 
 
 def activation_bytes(model):

@@ -1,11 +1,15 @@
 """Builds the learning-rate schedule, optimizer and network of a config."""
 
 import contextlib
+import inspect
 
 import keras
 
+from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
 from keras_lars import LARS
+from keras_lars import TrustRatio
+from keras_lars.muon import ConvMuon
 from keras_lars.schedules import WarmupPolynomialDecay
 
 # Arguments that turn LARS into SGD with momentum and L2 decay.
@@ -13,6 +17,8 @@ WITHOUT_ADAPTATION = {
     "exclude_from_layer_adaptation": [".*"],
     "unadapted_scale": 1.0,
 }
+# Added to the root of the variance in the paper on LAMB, arXiv 1904.00962.
+LAMB_EPSILON = 1e-6
 
 
 def create_schedule(config, size):
@@ -32,16 +38,59 @@ def create_schedule(config, size):
 
 
 def create_optimizer(config, schedule):
-    """Returns the optimizer before `hvd.DistributedOptimizer` wraps it."""
-    arguments = dict(config.optimizer)
-    if config.optimizer_name == "sgd":
-        arguments |= WITHOUT_ADAPTATION
-    optimizer = LARS(schedule, **arguments)
+    """Returns the optimizer before `hvd.DistributedOptimizer` wraps it.
+
+    Raises:
+        JobError: If `optimizer_name` is no optimizer of Keras, or if an
+            argument in `config.optimizer` is not one of it.
+    """
+    name, _, inner_name = config.optimizer_name.partition(":")
+    arguments = config.optimizer.to_dict()
+    if name == "lars":
+        optimizer = LARS(schedule, **arguments)
+    elif name == "sgd":
+        optimizer = LARS(schedule, **arguments | WITHOUT_ADAPTATION)
+    elif name == "lamb":
+        inner = keras.optimizers.Adam(schedule, epsilon=LAMB_EPSILON)
+        optimizer = _trust_ratio(inner, arguments)
+    else:
+        inner_class = _optimizer_class(inner_name)
+        inner = inner_class(schedule, **arguments.pop("inner", {}))
+        optimizer = _trust_ratio(inner, arguments)
     if config.precision == "mixed_float16":
         # Otherwise `compile` adds it, and loading the saved model needs the
         # same global dtype policy.
         return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer
+
+
+def _optimizer_class(name):
+    # `keras.optimizers.get` does not know Lamb.
+    classes = {
+        c.__name__.lower(): c
+        for c in vars(keras.optimizers).values()
+        if isinstance(c, type)
+    }
+    classes["conv_muon"] = ConvMuon
+    if name not in classes:
+        raise JobError(
+            f"optimizer_name=trust_ratio:{name} names no optimizer of Keras; "
+            "use the name of its class in small letters, such as "
+            "trust_ratio:adamw, or trust_ratio:conv_muon"
+        )
+    return classes[name]
+
+
+def _trust_ratio(inner, arguments):
+    known = list(inspect.signature(TrustRatio).parameters)[1:]
+    for key in arguments:
+        if key not in known:
+            raise JobError(
+                f"the config has optimizer.{key}, but TrustRatio takes "
+                f"{', '.join(known)}; arguments of the optimizer inside it "
+                "belong into optimizer.inner of trust_ratio:NAME"
+            )
+    return TrustRatio(inner, **arguments)
 
 
 def create_network(config, image_shape):

@@ -70,7 +70,7 @@ def report_callbacks(job):
             ),
             logs.tensorboard(job.workdir),
         ]
-        if job.config.optimizer_name == "lars":
+        if job.config.optimizer_name != "sgd":
             every = job.config.log_trust_ratios_every_steps
             reports.append(
                 TrustRatioLogger(job.workdir / "trust_ratios", every)

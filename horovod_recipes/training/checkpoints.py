@@ -74,7 +74,15 @@ def _description(model_or_optimizer):
     """Returns the properties that must match before a state is loaded."""
     if isinstance(model_or_optimizer, keras.Model):
         return [(v.path, v.shape) for v in model_or_optimizer.weights]
-    return keras.saving.serialize_keras_object(model_or_optimizer)
+    config = keras.saving.serialize_keras_object(model_or_optimizer)
+    return _without_names(config)
+
+
+def _without_names(config):
+    """Leaves out names: a second optimizer in a process is called "adam_1"."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _without_names(v) for k, v in config.items() if k != "name"}
 
 
 def save(workdir, model, steps_done, measured, keep):

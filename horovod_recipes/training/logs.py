@@ -175,7 +175,12 @@ class _AppendToFile(logging.Handler):
 
 
 def _mlperf_settings(config, size):
-    lars, schedule = config.optimizer, config.schedule
+    optimizer, schedule = config.optimizer, config.schedule
+    names = {
+        "lars": constants.LARS,
+        "sgd": constants.SGD,
+        "lamb": constants.LAMB,
+    }
     synchronized = config.model.get("batch_norm") == "synchronized"
     ranks_of_a_norm = size.ranks if synchronized else 1
     return (
@@ -188,13 +193,13 @@ def _mlperf_settings(config, size):
         (constants.EVAL_SAMPLES, config.dataset.test_examples),
         (
             constants.OPT_NAME,
-            constants.SGD if config.optimizer_name == "sgd" else constants.LARS,
+            names.get(config.optimizer_name, config.optimizer_name),
         ),
         (constants.OPT_BASE_LR, schedule.peak_learning_rate),
         (constants.OPT_END_LR, schedule.get("end_learning_rate", 0.0)),
         (constants.OPT_LR_WARMUP_EPOCHS, schedule.warmup_epochs),
         (constants.LARS_OPT_LR_DECAY_POLY_POWER, schedule.power),
-        (constants.LARS_OPT_MOMENTUM, lars.get("momentum", 0.9)),
-        (constants.LARS_OPT_WEIGHT_DECAY, lars.get("weight_decay", 0.0)),
-        (constants.LARS_EPSILON, lars.get("epsilon", 0.0)),
+        (constants.LARS_OPT_MOMENTUM, optimizer.get("momentum", 0.9)),
+        (constants.LARS_OPT_WEIGHT_DECAY, optimizer.get("weight_decay", 0.0)),
+        (constants.LARS_EPSILON, optimizer.get("epsilon", 0.0)),
     )

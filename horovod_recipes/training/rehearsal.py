@@ -15,10 +15,10 @@ import tensorflow_datasets as tfds
 
 from horovod_recipes.models.alexnet import SMALLEST_SIDE_PIXELS
 
-IMAGES_PER_RANK = 8
-IMAGES_PER_MICRO_BATCH = 4
+IMAGES_PER_RANK = 4
+IMAGES_PER_MICRO_BATCH = 2
 TEST_IMAGES = 32
-TRAIN_IMAGES_PER_CLASS = 2
+TRAIN_IMAGES_PER_CLASS = 1
 
 
 def make_small(config, data_dir, ranks):

@@ -15,6 +15,7 @@ from horovod_recipes.configs import resnet50
 from horovod_recipes.data import pipeline
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.training import rehearsal
+from tests.jobs.launcher import HOROVODRUN
 from tests.jobs.launcher import TRAIN
 from tests.jobs.launcher import TWO_RANKS
 from tests.jobs.launcher import error_lines
@@ -132,20 +133,25 @@ def top1_of(path, data_dir):
 
 
 @pytest.mark.parametrize(
-    "config",
-    ["alexnet:8k", "alexnet_bn:8k_sgd", "resnet50:32k", "resnet50_mlperf:32k"],
+    ("config", "ranks"),
+    [
+        ("alexnet:8k", 2),
+        ("alexnet_bn:8k_sgd", 1),
+        ("resnet50:32k", 1),
+        ("resnet50_mlperf:32k", 2),
+    ],
 )
-def test_rehearsal(config, tmp_path):
+def test_rehearsal(config, ranks, tmp_path):
     """The network of resnet50:32k is that of resnet50_mlperf:32k."""
     workdir = tmp_path / "run"
     result = run(
-        *(*TWO_RANKS, *TRAIN, f"--config={config}", f"--workdir={workdir}"),
-        "--rehearse",
+        *(HOROVODRUN, "--gloo", "-np", str(ranks)),
+        *(*TRAIN, f"--config={config}", f"--workdir={workdir}", "--rehearse"),
         seconds=600,
     )
     assert result.returncode == 0, error_lines(result)
     summary = read_summary(workdir)
     assert summary["config"] == f"{config} --rehearse"
-    assert summary["global_batch_size"] == 16
+    assert summary["global_batch_size"] == 4 * ranks
     assert summary["epochs"] == 2
     assert (workdir / "best").is_dir()

@@ -1,4 +1,4 @@
-"""Keras has the private names that LARS uses, and their list is complete."""
+"""Keras has the private names that are used, and their list is complete."""
 
 import pathlib
 import re
@@ -8,6 +8,7 @@ import pytest
 
 import keras_lars
 from keras_lars._keras_names import WHY
+from keras_lars._keras_names import WHY_OF_MUON
 
 KERAS_OPTIMIZER = keras.optimizers.SGD()
 
@@ -16,6 +17,13 @@ KERAS_OPTIMIZER = keras.optimizers.SGD()
 def test_keras_has(name):
     assert hasattr(KERAS_OPTIMIZER, name), (
         f"Keras {keras.__version__} lacks Optimizer.{name}. {WHY[name]}"
+    )
+
+
+@pytest.mark.parametrize("name", WHY_OF_MUON)
+def test_muon_of_keras_has(name):
+    assert hasattr(keras.optimizers.Muon, name), (
+        f"Keras {keras.__version__} lacks Muon.{name}. {WHY_OF_MUON[name]}"
     )
 
 

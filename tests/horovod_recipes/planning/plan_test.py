@@ -30,6 +30,8 @@ from horovod_recipes.planning.hardware import ring_seconds
 from horovod_recipes.planning.hardware import tree_seconds
 from horovod_recipes.training.job_size import JobSize
 from horovod_recipes.training.job_size import job_size
+from keras_lars import LARS
+from keras_lars import TrustRatio
 
 ROOT = pathlib.Path(__file__).parents[3]
 MEASURED = json.loads((ROOT / "docs/results/allreduce_model.json").read_text())
@@ -142,7 +144,7 @@ def test_flops_of_resnet50(version, flops):
 
 def test_memory():
     memory = estimate.memory_per_device(
-        tiny_model("float32"), "float32", JobSize(2, 5, 3, 1, 1)
+        tiny_model("float32"), LARS(1.0), "float32", JobSize(2, 5, 3, 1, 1)
     )
     # Trainable: 18 + (2 + 2) + 4 + (6 + 3) = 35.
     # "weights" adds the 4 moving means and variances.
@@ -150,7 +152,7 @@ def test_memory():
         "weights": 4 * 39,
         "gradients": 4 * 35,
         "accumulated gradients": 4 * 35,
-        "momentum": 4 * 35,
+        "optimizer's state": 4 * 35,
         "Horovod's copy of the gradients": 4 * 35,
         # Inputs of convolution, batch norm and the dense layer.
         # ReLU's output, which the second convolution reads, counts once.
@@ -159,17 +161,22 @@ def test_memory():
 
 
 def test_memory_in_half_precision_on_one_rank():
-    memory = estimate.memory_per_device(
-        tiny_model("mixed_bfloat16"), "mixed_bfloat16", JobSize(1, 5, 1, 1, 1)
-    )
+    model, job = tiny_model("mixed_bfloat16"), JobSize(1, 5, 1, 1, 1)
+    memory = estimate.memory_per_device(model, LARS(1.0), "mixed_bfloat16", job)
     assert memory == {
         "weights": 4 * 39,
         "weights in half precision": 2 * 35,
         "gradients": 4 * 35,
-        "momentum": 4 * 35,
+        "optimizer's state": 4 * 35,
         # Batch norm keeps its input in float32.
         "activations": 5 * (2 * 16 + 4 * 32 + 2 * 2 + 2 * 32),
     }
+
+
+def test_adam_inside_a_trust_ratio_has_two_moments():
+    optimizer = TrustRatio(keras.optimizers.Adam())
+    model = tiny_model("float32")
+    assert estimate.optimizer_bytes(optimizer, model) == 2 * 4 * 35
 
 
 def test_step_with_accumulation_hides_nothing():

@@ -11,10 +11,13 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 import horovod_recipes.keras as hvd
 from horovod_recipes.data import pipeline
 from horovod_recipes.data.sources import load_source
+from keras_lars import TrustRatio
 from tests.corrupt_dataset import write_corrupt_copy
+from tests.parallel.training.tiny_job import assert_same_training
 from tests.parallel.training.tiny_job import checkpoint
 from tests.parallel.training.tiny_job import on_rank_0
 from tests.parallel.training.tiny_job import run_job
+from tests.parallel.training.tiny_job import run_until
 from tests.parallel.training.tiny_job import table
 from tests.parallel.training.tiny_job import tiny_config
 
@@ -122,6 +125,30 @@ def test_sgd_is_momentum_with_l2_decay(shared_folder):
     assert optimizer.momentum == 0.9
     assert optimizer.weight_decay == 5e-4
     assert not (workdir / "trust_ratios").exists()
+
+
+@pytest.mark.slow
+def test_lamb(shared_folder):
+    """A resumed job ends as one that ran through, and it learns."""
+    changes = {
+        "optimizer_name": "lamb",
+        "optimizer": {"weight_decay": 0.01},
+        "schedule.peak_learning_rate": 0.05,
+        "log_trust_ratios_every_steps": 3,
+    }
+    whole, parts = shared_folder / "whole", shared_folder / "parts"
+    summary = run_job(whole, **changes)
+    run_until(parts, epoch=2, **changes)
+    run_job(parts, "resume", **changes)
+    assert_same_training(whole, parts)
+
+    assert summary["top1"] > 20
+    optimizer = keras.saving.load_model(checkpoint(whole)).optimizer
+    assert type(optimizer) is TrustRatio
+    assert type(optimizer.optimizer) is keras.optimizers.Adam
+    assert int(optimizer.iterations) == 9
+    ratios = (whole / "trust_ratios" / "trust_ratios.csv").read_text()
+    assert [row[:2] for row in ratios.splitlines()[1:]] == ["3,", "6,", "9,"]
 
 
 @pytest.mark.slow

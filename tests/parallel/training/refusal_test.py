@@ -119,7 +119,29 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
             {"optimizer.exclude_from_layer_adaptation": [".*"]},
             "leaves LARS no layer to adapt; use optimizer_name=sgd",
         ),
-        ({"optimizer_name": "adam"}, "optimizer_name must be one of lars, sgd"),
+        (
+            {"optimizer_name": "adam"},
+            "optimizer_name must be one of lars, sgd, lamb, trust_ratio:NAME",
+        ),
+        (
+            {"optimizer_name": "trust_ratio:adamm"},
+            "trust_ratio:adamm names no optimizer of Keras",
+        ),
+        (
+            {"optimizer_name": "trust_ratio:lamb", "optimizer": {}},
+            "cannot be Lamb: it has a trust ratio already",
+        ),
+        (
+            {"optimizer_name": "lamb"},
+            "the config has optimizer.momentum, but TrustRatio takes trust_coe",
+        ),
+        (
+            {
+                "optimizer_name": "trust_ratio:sgd",
+                "optimizer": {"inner": {"momentun": 0.9}},
+            },
+            "momentun",
+        ),
         ({"task": "detection"}, "task must be one of classification"),
         (
             {"xla": True, "model.batch_norm": "synchronized"},

@@ -5,6 +5,7 @@ import csv
 import keras
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.configs import demo
@@ -28,6 +29,8 @@ def tiny_config(**changes):
     config.keep_checkpoints = 2
     # Longer than the job, so only tests that change it log trust ratios.
     config.log_trust_ratios_every_steps = 1000
+    if "optimizer" in changes:
+        config.optimizer = config_dict.create(**changes.pop("optimizer"))
     config.update_from_flattened_dict(changes)
     return config
 
@@ -47,10 +50,10 @@ def assert_refused(match, workdir, mode="new", callbacks=(), **changes):
     return messages[0]
 
 
-def run_until(workdir, epoch):
+def run_until(workdir, epoch, **changes):
     """Runs a job that all ranks leave when the given epoch begins."""
     with pytest.raises(JobError, match="stopped by the test"):
-        run_job(workdir, callbacks=[_StopAt(epoch)])
+        run_job(workdir, callbacks=[_StopAt(epoch)], **changes)
 
 
 class _StopAt(keras.callbacks.Callback):
@@ -84,9 +87,11 @@ def checkpoint(workdir, step=9):
 def saved_state(workdir):
     """Returns the saved weights and optimizer state of a finished job."""
     model = keras.saving.load_model(checkpoint(workdir))
-    return {
-        v.path: v.numpy() for v in model.weights + model.optimizer.variables
-    }
+    state = {v.path: v.numpy() for v in model.weights}
+    for v in model.optimizer.variables:
+        # The second optimizer of a process is called "adam_1".
+        state[v.path.partition("/")[2]] = v.numpy()
+    return state
 
 
 def assert_same_training(workdir, other):
