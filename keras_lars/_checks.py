@@ -27,12 +27,12 @@ NUMBERS = {
 SWITCHES = ("nesterov", "trust_clip", "jit_compile")
 # Optimizers of Keras that cannot be inside `TrustRatio`, and why.
 REFUSED_INSIDE = {
-    "Adafactor": "its rate is that of the weights' size already",
+    "Adafactor": "it already scales its step by the size of the weights",
     "Ftrl": "its update is not proportional to its learning rate",
     "Lamb": "it has a trust ratio already; use Adam",
     "LossScaleOptimizer": "put it around TrustRatio",
     "MultiOptimizer": "put a TrustRatio around each optimizer inside it",
-    "ScheduleFreeAdamW": "its weights are not those that it updates",
+    "ScheduleFreeAdamW": "it updates other variables than the weights",
 }
 EXCLUSIONS = ("exclude_from_layer_adaptation", "exclude_from_weight_decay")
 
@@ -85,6 +85,11 @@ def check_inner_optimizer(optimizer):
     }
     if hasattr(optimizer, "trust_ratios"):
         reasons[type(optimizer).__name__] = "it has a trust ratio already"
+    if "apply" in vars(optimizer):
+        reasons[type(optimizer).__name__] = (
+            "it averages gradients already; put DistributedOptimizer around "
+            "TrustRatio"
+        )
     for name, reason in reasons.items():
         raise ValueError(
             f"Argument `optimizer` of TrustRatio cannot be {name}: {reason}. "

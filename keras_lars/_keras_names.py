@@ -35,6 +35,7 @@ WHY = {
 
 # `ConvMuon` overrides these of `keras.optimizers.Muon`.
 WHY_OF_MUON = {
+    "lr_adjust": "Scales by the sides of the matrix, not of the kernel.",
     "_should_use_adamw": "Lets kernels of convolutions through.",
     "zeropower_via_newtonschulz5": (
         "Reshapes a kernel to a matrix before, and back after."

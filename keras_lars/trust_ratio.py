@@ -38,8 +38,8 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
     the weights and its accumulation of gradients; set these on it. The inner
     optimizer belongs to this one from then on.
 
-    An optimizer with momentum takes the rate into its velocity, as SGD and
-    RMSprop do. Here `u` has a rate of 1, so a new rate acts on the whole step.
+    Keras's SGD and RMSprop multiply the rate into their velocity. `TrustRatio`
+    does not, so a new rate acts on the whole step at once.
 
     Args:
         optimizer: A `keras.optimizers.Optimizer`. Its update must be
@@ -104,6 +104,7 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
         name="trust_ratio",
     ):
         _checks.check_inner_optimizer(optimizer)
+        _checks.check_not_wrapped_by_horovod(self)
         # The learning rate of this optimizer itself is not used.
         super().__init__(learning_rate=0.0, name=name)
         self.optimizer = optimizer
@@ -139,6 +140,15 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
     def variables(self):
         return self.optimizer.variables
 
+    def save_own_variables(self, store):
+        """Saves nothing: Keras saves the inner optimizer by itself."""
+
+    def load_own_variables(self, store):
+        """Loads nothing: Keras loads the inner optimizer by itself."""
+
+    def set_weights(self, weights):
+        self.optimizer.set_weights(weights)
+
     @property
     def iterations(self):
         return self.optimizer.iterations
@@ -150,6 +160,23 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate):
         self.optimizer.learning_rate = learning_rate
+
+    @property
+    def loss_scale_factor(self):
+        return self.optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor):
+        # Keras's constructor sets it before there is an inner optimizer.
+        if "optimizer" in vars(self):
+            self.optimizer.loss_scale_factor = factor
+
+    def scale_loss(self, loss):
+        return self.optimizer.scale_loss(loss)
+
+    def apply_gradients(self, grads_and_vars):
+        super().apply_gradients(grads_and_vars)
+        return self.iterations
 
     def apply(self, grads, trainable_variables=None):
         """Updates all variables as the inner optimizer does, with the ratio."""
@@ -176,7 +203,11 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
             self._update_each(grads, trainable_variables, learning_rate)
             return
         indices = tuple(map(self._get_variable_index, trainable_variables))
-        key = indices, tuple(map(self._rule, indices))
+        key = (
+            indices,
+            tuple(map(self._rule, indices)),
+            _hyperparameters(self.optimizer),
+        )
         if key not in self._programs:
             self._programs[key] = _tensorflow.compiled(
                 lambda grads, learning_rate: self._update_each(
@@ -299,6 +330,15 @@ def new_values(rule, update, variable, learning_rate):
     return ops.cast(w, variable.dtype), r
 
 
+def _hyperparameters(optimizer):
+    """Returns what a compiled update of an optimizer has as constants."""
+    return tuple(
+        (name, value)
+        for name, value in vars(optimizer).items()
+        if isinstance(value, (bool, int, float, str))
+    )
+
+
 @contextlib.contextmanager
 def _replaced(optimizer, **methods):
     """Replaces methods of one optimizer in a block."""
@@ -308,8 +348,9 @@ def _replaced(optimizer, **methods):
     try:
         yield
     finally:
+        # Replicas of a `tf.distribute.Strategy` leave in turn.
         for name in methods:
-            object.__delattr__(optimizer, name)
+            vars(optimizer).pop(name, None)
 
 
 def _backend_update_step(optimizer, grads, variables, learning_rate):

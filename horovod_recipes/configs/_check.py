@@ -111,8 +111,8 @@ def _check_choices(config):
     if config.optimizer_name not in OPTIMIZERS and not is_trust_ratio:
         raise JobError(
             f"optimizer_name must be one of {', '.join(OPTIMIZERS)}, "
-            "trust_ratio:NAME with the name of an optimizer of Keras, but is "
-            f"{config.optimizer_name}"
+            f"trust_ratio:NAME, but is {config.optimizer_name}; NAME is an "
+            "optimizer of Keras"
         )
 
 
@@ -130,10 +130,10 @@ def _check_combinations(config):
             "model.batch_norm=micro_batch, or xla=False"
         )
     excluded = config.optimizer.get("exclude_from_layer_adaptation") or ()
-    if config.optimizer_name == "lars" and ".*" in excluded:
+    if config.optimizer_name != "sgd" and ".*" in excluded:
         raise JobError(
-            "optimizer.exclude_from_layer_adaptation leaves LARS no layer to "
-            "adapt; use optimizer_name=sgd"
+            "optimizer.exclude_from_layer_adaptation leaves no layer to adapt; "
+            "use optimizer_name=sgd"
         )
     if config.stop_at_target and config.target_top1 is None:
         raise JobError("stop_at_target needs target_top1, in percent")

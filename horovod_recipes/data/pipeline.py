@@ -77,7 +77,8 @@ class RankInput:
     corrupt_images: CorruptImages
 
 
-# AutoGraph would take a second to find no `if` or loop over tensors.
+# AutoGraph would search this code for a second, and find no `if` or loop over
+# tensors.
 @tf.autograph.experimental.do_not_convert
 def training_batches(
     source,

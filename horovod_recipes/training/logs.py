@@ -175,12 +175,7 @@ class _AppendToFile(logging.Handler):
 
 
 def _mlperf_settings(config, size):
-    optimizer, schedule = config.optimizer, config.schedule
-    names = {
-        "lars": constants.LARS,
-        "sgd": constants.SGD,
-        "lamb": constants.LAMB,
-    }
+    name, schedule = config.optimizer_name, config.schedule
     synchronized = config.model.get("batch_norm") == "synchronized"
     ranks_of_a_norm = size.ranks if synchronized else 1
     return (
@@ -191,14 +186,18 @@ def _mlperf_settings(config, size):
         (constants.MODEL_BN_SPAN, size.micro_batch_size * ranks_of_a_norm),
         (constants.TRAIN_SAMPLES, config.dataset.train_examples),
         (constants.EVAL_SAMPLES, config.dataset.test_examples),
-        (
-            constants.OPT_NAME,
-            names.get(config.optimizer_name, config.optimizer_name),
-        ),
+        (constants.OPT_NAME, name),
         (constants.OPT_BASE_LR, schedule.peak_learning_rate),
         (constants.OPT_END_LR, schedule.get("end_learning_rate", 0.0)),
         (constants.OPT_LR_WARMUP_EPOCHS, schedule.warmup_epochs),
-        (constants.LARS_OPT_LR_DECAY_POLY_POWER, schedule.power),
+        *(_lars_settings(config) if name in ("lars", "sgd") else ()),
+    )
+
+
+def _lars_settings(config):
+    optimizer = config.optimizer
+    return (
+        (constants.LARS_OPT_LR_DECAY_POLY_POWER, config.schedule.power),
         (constants.LARS_OPT_MOMENTUM, optimizer.get("momentum", 0.9)),
         (constants.LARS_OPT_WEIGHT_DECAY, optimizer.get("weight_decay", 0.0)),
         (constants.LARS_EPSILON, optimizer.get("epsilon", 0.0)),

@@ -124,6 +124,7 @@ def test_optimizer_step(found):
         "Keras SGD momentum",
         "Keras Lamb",
         "optax.sgd",
+        "optax.lamb",
         "optax.lars",
     }
 

@@ -223,7 +223,7 @@ def test_loss_scale_optimizer_around_it():
 MIRRORED = """
 import numpy as np, tensorflow as tf, keras
 import keras_lars.lars
-from keras_lars import LARS
+from keras_lars import LARS, TrustRatio
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(
@@ -237,7 +237,7 @@ def fitted():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
     model.compile(
-        LARS(4.0, weight_decay=1e-3),
+        OPTIMIZER,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     model.fit(x, y, batch_size=32, epochs=3, shuffle=False, verbose=0)
@@ -257,10 +257,17 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_mirrored_strategy_equals_one_device():
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "LARS(4.0, weight_decay=1e-3)",
+        "TrustRatio(keras.optimizers.Adam(0.01), weight_decay=1e-3)",
+    ],
+)
+def test_mirrored_strategy_equals_one_device(optimizer):
     # A new process, because TensorFlow sets up its devices once.
     result = subprocess.run(
-        [sys.executable, "-c", MIRRORED],
+        [sys.executable, "-c", MIRRORED.replace("OPTIMIZER", optimizer)],
         capture_output=True,
         text=True,
         timeout=300,

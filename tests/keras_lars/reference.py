@@ -1,8 +1,15 @@
 """LARS in float64 NumPy, independent of the package, and inputs for it."""
 
+import inspect
+
 import keras
 import numpy as np
+import pytest
 
+NEEDS_MUON = pytest.mark.skipif(
+    "rms_rate" not in inspect.signature(keras.optimizers.Muon).parameters,
+    reason="Muon is another one before Keras 3.13",
+)
 SHAPES = {
     "conv/kernel": (3, 3, 2, 4),
     "conv/bias": (4,),

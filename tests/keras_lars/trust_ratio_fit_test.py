@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tests.keras_lars.lars_saving_test import RESUME
 from tests.keras_lars.lars_saving_test import more_data
 from tests.keras_lars.lars_test import DENSE
 from tests.keras_lars.lars_test import SPARSE
+from tests.keras_lars.reference import NEEDS_MUON
 from tests.keras_lars.reference import variables_and_gradients
 
 
@@ -70,6 +72,7 @@ def test_model_fit_gives_the_same_weights(update_compiled, how, eager_weights):
     assert int(model.optimizer.iterations) == 12
 
 
+@NEEDS_MUON
 def test_config_round_trip_of_every_argument():
     arguments = dict(
         trust_coefficient=0.02,
@@ -270,10 +273,17 @@ def test_moving_average_of_the_inner_optimizer_becomes_the_weights():
     """Keras does this after `fit`."""
     plain = fitted_model(lamb())
     averaged = fitted_model(lamb(use_ema=True, ema_momentum=0.5))
-    for a, b in zip(
-        plain.trainable_variables, averaged.trainable_variables, strict=True
+    averages = [
+        v for v in averaged.optimizer.variables if v.path.endswith("average")
+    ]
+    for a, b, average in zip(
+        plain.trainable_variables,
+        averaged.trainable_variables,
+        averages,
+        strict=True,
     ):
         assert np.abs(a.numpy() - b.numpy()).max() > 1e-4
+        np.testing.assert_array_equal(b.numpy(), average.numpy())
 
 
 def test_argument_that_is_set_later_acts_in_the_next_step():
@@ -288,6 +298,49 @@ def test_argument_that_is_set_later_acts_in_the_next_step():
         optimizer.clip = (2.0, 1.0)
     with pytest.raises(ValueError, match="cannot change after the first step"):
         optimizer.exclude_from_weight_decay = []
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_argument_of_the_inner_optimizer_acts_in_the_next_step(jit_compile):
+    after = []
+    for momentum in (0.0, 0.9):
+        inner = keras.optimizers.SGD(0.1, momentum=0.9)
+        optimizer = TrustRatio(inner, jit_compile=jit_compile)
+        variable = keras.Variable([[3.0, 4.0]], name="kernel")
+        for gradient in ([[0.3, 0.4]], [[0.4, -0.3]]):
+            optimizer.apply([tf.constant(gradient)], [variable])
+            inner.momentum = momentum
+        after.append(variable.numpy())
+    # The velocity of the second step is the gradient, or has the first too.
+    np.testing.assert_allclose(after[0], [[2.34, 3.87]], rtol=1e-5)
+    assert np.abs(after[1] - after[0]).max() > 0.1
+
+
+def test_loss_scale_of_the_inner_optimizer_cancels():
+    plain = fitted_model(lamb())
+    scaled = fitted_model(lamb(loss_scale_factor=1024.0))
+    assert_close(scaled.get_weights(), plain.get_weights(), 1e-4, 1e-6)
+
+
+def test_saved_file_holds_each_variable_once(tmp_path):
+    model = fitted_model(lamb())
+    model.save_weights(tmp_path / "model.weights.h5")
+    names = []
+
+    def note(name, item):
+        if isinstance(item, h5py.Dataset):
+            names.append(name)
+
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file["optimizer"].visititems(note)
+    assert len(names) == len(model.optimizer.variables)
+
+
+def test_weights_of_another_optimizer_can_be_set():
+    first, second = fitted_model(lamb()), fitted_model(lamb(0.1))
+    weights = [v.numpy() for v in first.optimizer.variables]
+    second.optimizer.set_weights(weights)
+    assert_equal([v.numpy() for v in second.optimizer.variables], weights)
 
 
 def test_frozen_layer_stays():

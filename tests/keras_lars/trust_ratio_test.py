@@ -178,11 +178,12 @@ ARGUMENTS = {
 def cases():
     """All arguments with one optimizer, and some with each of the others."""
     for inner in INNER:
+        marks = [inputs.NEEDS_MUON] if "muon" in inner else []
         for arguments in ARGUMENTS:
             if inner == "adam" or arguments in ("decay", "clip"):
-                yield pytest.param(inner, arguments, True, marks=XLA)
+                yield pytest.param(inner, arguments, True, marks=[*marks, XLA])
             if inner == "adam" or arguments == "plain":
-                yield pytest.param(inner, arguments, False)
+                yield pytest.param(inner, arguments, False, marks=marks)
 
 
 @pytest.mark.parametrize(("inner", "arguments", "jit_compile"), list(cases()))
@@ -259,21 +260,42 @@ def test_around_adam_it_is_the_lamb_of_optax(decay):
         assert relative_error(a, np.asarray(b)) < 1e-4
 
 
+@inputs.NEEDS_MUON
+def test_conv_muon_moves_a_kernel_as_muon_moves_its_matrix():
+    _, gradients = inputs.variables_and_gradients(3)
+    kernel = keras.Variable(np.ones((3, 3, 2, 4), "float32"), name="kernel")
+    matrix = keras.Variable(np.ones((18, 4), "float32"), name="matrix")
+    for optimizer, variable in (
+        (ConvMuon(0.1), kernel),
+        (keras.optimizers.Muon(0.1), matrix),
+    ):
+        for gradient, *_ in gradients:
+            gradient = np.reshape(gradient, variable.shape).astype("float32")
+            optimizer.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+    kernel = keras.ops.convert_to_numpy(kernel.value)
+    matrix = keras.ops.convert_to_numpy(matrix.value)
+    assert np.abs(matrix - 1).max() > 0.01
+    np.testing.assert_allclose(kernel.reshape(18, 4), matrix, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "optimizer",
+    ("optimizer", "reason"),
     [
-        LARS(),
-        TrustRatio(keras.optimizers.SGD()),
-        keras.optimizers.Lamb(),
-        keras.optimizers.Ftrl(),
-        keras.optimizers.Adafactor(),
-        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
-        "adam",
+        (LARS(), "has a trust ratio already"),
+        (TrustRatio(keras.optimizers.SGD()), "has a trust ratio already"),
+        (keras.optimizers.Lamb(), "use Adam"),
+        (keras.optimizers.Ftrl(), "not proportional to its learning rate"),
+        (keras.optimizers.Adafactor(), "already scales its step"),
+        (
+            keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+            "put it around TrustRatio",
+        ),
+        ("adam", "must be a keras.optimizers.Optimizer"),
     ],
-    ids=lambda optimizer: type(optimizer).__name__,
+    ids=lambda value: type(value).__name__,
 )
-def test_inner_optimizers_without_a_meaning_are_refused(optimizer):
-    with pytest.raises(ValueError, match="Argument `optimizer`"):
+def test_inner_optimizers_without_a_meaning_are_refused(optimizer, reason):
+    with pytest.raises(ValueError, match=f"`optimizer`.*{reason}"):
         TrustRatio(optimizer)
 
 

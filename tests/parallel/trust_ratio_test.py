@@ -83,6 +83,12 @@ def test_saved_model_loads_and_goes_on(tmp_path):
     assert_same_on_all_ranks(loaded.weights)
 
 
+def test_distributed_optimizer_inside_is_refused():
+    inner = hvd.DistributedOptimizer(keras.optimizers.SGD())
+    with pytest.raises(ValueError, match="put DistributedOptimizer around"):
+        TrustRatio(inner)
+
+
 def test_elastic_state_restores_and_goes_on_as_before():
     model = create_model(hvd.rank(), hvd.DistributedOptimizer(lamb()))
     state = hvd.elastic.KerasState(model)

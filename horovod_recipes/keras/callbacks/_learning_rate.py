@@ -88,11 +88,11 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         optimizer = self._find_optimizer()
         if not isinstance(optimizer.learning_rate, keras.Variable):
+            rate = optimizer.get_config().get("learning_rate", "a schedule")
             raise ValueError(
                 f"{type(self).__name__} sets the optimizer's learning rate, "
                 "which must be a float, not a schedule. Received: "
-                f"{type(optimizer).__name__}(learning_rate="
-                f"{optimizer.get_config()['learning_rate']!r})"
+                f"{type(optimizer).__name__}(learning_rate={rate!r})"
             )
         if self.momentum_correction:
             _velocities(optimizer)  # Raises if it does not know them.

@@ -9,6 +9,7 @@ from horovod_recipes.training.build import create_optimizer
 from keras_lars import LARS
 from keras_lars import TrustRatio
 from keras_lars.muon import ConvMuon
+from tests.keras_lars.reference import NEEDS_MUON
 
 
 @pytest.mark.parametrize(
@@ -21,10 +22,11 @@ from keras_lars.muon import ConvMuon
             {"inner": {"beta_2": 0.95}},
             keras.optimizers.AdamW,
         ),
-        (
+        pytest.param(
             "trust_ratio:conv_muon",
             {"clip": (0.5, 1.5), "inner": {"rms_rate": None}},
             ConvMuon,
+            marks=NEEDS_MUON,
         ),
     ],
 )

@@ -117,7 +117,7 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
         ({"precision": "float8"}, "precision must be one of float32, mixed_"),
         (
             {"optimizer.exclude_from_layer_adaptation": [".*"]},
-            "leaves LARS no layer to adapt; use optimizer_name=sgd",
+            "leaves no layer to adapt; use optimizer_name=sgd",
         ),
         (
             {"optimizer_name": "adam"},
