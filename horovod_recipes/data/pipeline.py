@@ -77,8 +77,7 @@ class RankInput:
     corrupt_images: CorruptImages
 
 
-# AutoGraph would search this code for a second, and find no `if` or loop over
-# tensors.
+# AutoGraph is slow, and would find no `if` or loop over tensors.
 @tf.autograph.experimental.do_not_convert
 def training_batches(
     source,

@@ -9,6 +9,7 @@ import pytest
 import keras_lars
 from keras_lars._keras_names import WHY
 from keras_lars._keras_names import WHY_OF_MUON
+from tests.keras_lars.reference import NEEDS_MUON
 
 KERAS_OPTIMIZER = keras.optimizers.SGD()
 
@@ -20,6 +21,7 @@ def test_keras_has(name):
     )
 
 
+@NEEDS_MUON
 @pytest.mark.parametrize("name", WHY_OF_MUON)
 def test_muon_of_keras_has(name):
     assert hasattr(keras.optimizers.Muon, name), (
