@@ -154,7 +154,8 @@ compat-oldest compat-newest: .settings
 	@"$(BASE_PYTHON)" -c 'import sys; assert sys.version_info < (3, 13), \
 	  "TensorFlow 2.16 needs an older Python: make compat PYTHON=python3.12"'
 	"$(BASE_PYTHON)" -m venv --clear build/$@
-	build/$@/bin/python -m pip install --quiet $(REQUIREMENTS) pytest
+	build/$@/bin/python -m pip install --quiet $(REQUIREMENTS) \
+	  pytest matplotlib tensorboard
 	build/$@/bin/python -m horovod_recipes.install_horovod
 	$(JOB) build/$@/bin/python -m pytest $(COMPAT_TESTS)
 	$(JOB) build/$@/bin/horovodrun --gloo -np 2 build/$@/bin/python -m pytest \

@@ -24,9 +24,7 @@ def load_digits(split):
 @hvd.elastic.run
 def train(state, images, labels):
     """Trains from the last commit; starts again when the ranks change."""
-    batches = tf.data.Dataset.from_generator(
-        state.sampler.batches, output_signature=tf.TensorSpec([None], tf.int64)
-    )
+    batches = state.sampler.dataset()
     state.model.fit(
         batches.map(lambda i: (tf.gather(images, i), tf.gather(labels, i))),
         steps_per_epoch=state.sampler.steps_per_epoch,

@@ -8,7 +8,6 @@ horovodrun -np 2 python -m horovod_recipes.train --config=demo
 import gc
 import json
 import sys
-import time
 
 from horovod_recipes._quiet import without_banner
 from horovod_recipes.errors import JobError
@@ -31,6 +30,7 @@ def main(argv, callbacks=()):
             return 0
         with without_banner():
             import horovod_recipes.keras as hvd
+            from horovod_recipes.training import process
             from horovod_recipes.training.callbacks import StoppedBySigterm
     except ModuleNotFoundError as error:
         print(f"error: {missing_package(error)}", file=sys.stderr)
@@ -50,11 +50,7 @@ def main(argv, callbacks=()):
             )
         return 0
     except JobError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # horovodrun kills all ranks as soon as one exits. The shutdown stops
-        # them, and the wait lets them print why.
-        hvd.shutdown()
-        time.sleep(hvd.callbacks.SECONDS_TO_SAY_WHY)
+        process.end_with_error(error)
         return 1
     if hvd.rank() == 0:
         print(json.dumps(summary), flush=True)

@@ -117,6 +117,82 @@ class WarmupPolynomialDecay(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+@keras.saving.register_keras_serializable(package="keras_lars")
+class WarmupCosineDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up to a peak, then half a cosine, as SimCLR trains.
+
+    Over the first `warmup_steps` steps the rate rises from 0 to
+    `peak_learning_rate`. Then it falls along half a cosine to
+    `end_learning_rate` at `total_steps`, and stays there.
+
+    Args:
+        peak_learning_rate: Float >= 0, the rate when the warm-up ends.
+        total_steps: Integer > 0, the number of updates of the whole training.
+        warmup_steps: Integer in [0, total_steps), the number of updates of
+            the warm-up. Defaults to `0`.
+        end_learning_rate: Float >= 0, the rate from `total_steps` on.
+            Defaults to `0.0`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> schedule = WarmupCosineDecay(4.0, total_steps=100, warmup_steps=20)
+    >>> [round(float(schedule(step)), 3) for step in (0, 10, 20, 60, 100)]
+    [0.0, 2.0, 4.0, 2.0, 0.0]
+
+    References:
+        - [Chen et al., 2020](https://arxiv.org/abs/2002.05709), Appendix B.6
+    """
+
+    def __init__(
+        self,
+        peak_learning_rate,
+        total_steps,
+        warmup_steps=0,
+        end_learning_rate=0.0,
+        name="WarmupCosineDecay",
+    ):
+        super().__init__()
+        self.peak_learning_rate = check_number(
+            "peak_learning_rate", peak_learning_rate
+        )
+        self.total_steps = check_number(
+            "total_steps", total_steps, positive=True
+        )
+        self.warmup_steps = check_number(
+            "warmup_steps", warmup_steps, below=self.total_steps
+        )
+        self.end_learning_rate = check_number(
+            "end_learning_rate", end_learning_rate
+        )
+        self.name = name
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        progress = (step - self.warmup_steps) / (
+            self.total_steps - self.warmup_steps
+        )
+        cosine = ops.cos(math.pi * ops.clip(progress, 0.0, 1.0))
+        decayed = self.end_learning_rate + (
+            self.peak_learning_rate - self.end_learning_rate
+        ) * (0.5 * (1.0 + cosine))
+        if self.warmup_steps == 0:
+            return decayed
+        warm = self.peak_learning_rate * (step / self.warmup_steps)
+        return ops.where(step < self.warmup_steps, warm, decayed)
+
+    def get_config(self):
+        return {
+            "peak_learning_rate": self.peak_learning_rate,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "end_learning_rate": self.end_learning_rate,
+            "name": self.name,
+        }
+
+
 def scale_learning_rate(base, batch_size, base_batch_size, rule="linear"):
     """Returns the learning rate for another batch size.
 

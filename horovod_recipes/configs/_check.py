@@ -1,6 +1,7 @@
 """Checks of a config, made before anything starts."""
 
 from horovod_recipes.data.augmentations import AUGMENTATIONS
+from horovod_recipes.data.augmentations import AUGMENTATIONS_OF_VIEWS
 from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
 
@@ -44,6 +45,7 @@ KEYS = COUNTS + (
     "optimizer",
     "schedule.peak_learning_rate",
     "schedule.warmup_epochs",
+    "schedule.decay",
     "schedule.power",
     "keep_best_checkpoints",
     "target_top1",
@@ -59,6 +61,8 @@ def check_config(config):
     _check_numbers(config)
     _check_choices(config)
     _check_combinations(config)
+    if config.task == "simclr":
+        _check_simclr(config)
 
 
 def _check_numbers(config):
@@ -101,6 +105,7 @@ def _check_choices(config):
         ("dataset.augmentation", AUGMENTATIONS),
         ("dataset.corrupt_images", ("stop", "skip")),
         ("precision", PRECISIONS),
+        ("schedule.decay", ("polynomial", "cosine")),
     ):
         if _value(config, key) not in choices:
             raise JobError(
@@ -137,6 +142,28 @@ def _check_combinations(config):
         )
     if config.stop_at_target and config.target_top1 is None:
         raise JobError("stop_at_target needs target_top1, in percent")
+
+
+def _check_simclr(config):
+    for key in ("projection_layers", "embedding_size"):
+        if _value(config, f"simclr.{key}") < 1:
+            raise JobError(
+                f"simclr.{key} must be 1 or more, but is {config.simclr[key]}"
+            )
+    if not _value(config, "simclr.temperature") > 0:
+        raise JobError(
+            "simclr.temperature must be above 0, but is "
+            f"{config.simclr.temperature}"
+        )
+    if config.dataset.augmentation not in AUGMENTATIONS_OF_VIEWS:
+        raise JobError(
+            "task=simclr needs different views of an image: "
+            "dataset.augmentation must be one of "
+            f"{', '.join(AUGMENTATIONS_OF_VIEWS)}, but is "
+            f"{config.dataset.augmentation}"
+        )
+    if config.xla:
+        raise JobError("task=simclr does not work with xla; use xla=False")
 
 
 def _value(config, key):

@@ -47,7 +47,8 @@ def get_config():
     # `optimizer`. SGD uses the momentum and weight decay. With "trust_ratio",
     # `optimizer.inner` has arguments of the optimizer that is called NAME.
     config.optimizer_name = "lars"
-    config.schedule = config_dict.create(power=2.0)
+    # The decay after the warm-up: "polynomial", with `power`, or "cosine".
+    config.schedule = config_dict.create(decay="polynomial", power=2.0)
     config.evaluate_every_epochs = 1
     config.checkpoint_every_epochs = 1
     # Number of newest checkpoints to keep.

@@ -15,6 +15,7 @@ import math
 
 import tensorflow as tf
 
+from horovod_recipes.data import colours
 from horovod_recipes.data.decoding import decode_whole
 from horovod_recipes.data.decoding import decode_window
 
@@ -87,21 +88,79 @@ def inception(encoded, seed, shape, is_jpeg=False):
     # With a shared seed, the flip would depend on the crop's aspect ratio.
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed))
 
+    window = random_window(crop_seed, shape, smallest_area=0.08)
+    (flip,) = tf.unstack(_uniform(flip_seed, 1))
+    return _flip_if(flip < 0.5, decode_window(encoded, window, shape, is_jpeg))
+
+
+def simclr(encoded, seed, shape, is_jpeg=False):
+    """Returns a random view of SimCLR for images as large as ImageNet's.
+
+    It is an Inception crop and flip, with colours distorted at full strength,
+    and blurred in half of the cases.
+    """
+    crop_seed, colour_seed, blur_seed = tf.unstack(tf.random.split(seed, 3))
+    image = _to_float(inception(encoded, crop_seed, shape, is_jpeg))
+    image = colours.distort(image, colour_seed, strength=1.0)
+    return _to_uint8(colours.blur(image, blur_seed))
+
+
+def simclr_small(encoded, seed, shape, is_jpeg=False):
+    """Returns a random view of SimCLR for images of about 32 x 32.
+
+    Colours are distorted at half strength, and nothing is blurred. Grey images
+    change in brightness and contrast alone.
+    """
+    crop_seed, colour_seed = tf.unstack(tf.random.split(seed))
+    image = _to_float(inception(encoded, crop_seed, shape, is_jpeg))
+    return _to_uint8(colours.distort(image, colour_seed, strength=0.5))
+
+
+def simclr_digits(encoded, seed, shape, is_jpeg=False):
+    """Returns a random view of a digit: a larger crop, and no flip.
+
+    A mirrored digit is none, and a small part of one fits many digits. The crop
+    covers 40 to 100 % of the area.
+    """
+    crop_seed, colour_seed = tf.unstack(tf.random.split(seed))
+    crop = random_window(crop_seed, shape, smallest_area=0.4)
+    image = _to_float(decode_window(encoded, crop, shape, is_jpeg))
+    return _to_uint8(colours.distort(image, colour_seed, strength=0.5))
+
+
+def _to_float(image):
+    return tf.cast(image, tf.float32) / 255
+
+
+def _to_uint8(image):
+    return tf.cast(tf.round(image * 255), tf.uint8)
+
+
+def random_window(seed, shape, smallest_area):
+    """Returns a function of an image's size that chooses a window at random.
+
+    The window has an aspect ratio from 3:4 to 4:3.
+
+    Args:
+        seed: A stateless seed.
+        shape: Tuple `(height, width, channels)` of the result.
+        smallest_area: Float, the smallest share of the image's area.
+    """
+
     def window(size):
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
             image_size=tf.concat([tf.cast(size, tf.int32), shape[-1:]], axis=0),
             bounding_boxes=tf.zeros([1, 0, 4]),
-            seed=crop_seed,
+            seed=seed,
             min_object_covered=0.0,
             aspect_ratio_range=(3 / 4, 4 / 3),
-            area_range=(0.08, 1.0),
+            area_range=(smallest_area, 1.0),
             max_attempts=10,
             use_image_if_no_bounding_boxes=True,
         )
         return tf.concat([begin[:2], extent[:2]], axis=0)
 
-    (flip,) = tf.unstack(_uniform(flip_seed, 1))
-    return _flip_if(flip < 0.5, decode_window(encoded, window, shape, is_jpeg))
+    return window
 
 
 def centre_of_scaled(encoded, seed, shape, is_jpeg=False):
@@ -144,4 +203,9 @@ AUGMENTATIONS = {
     "random_affine": (random_affine, whole),
     "minimal": (minimal, centre_of_scaled),
     "inception": (inception, centre_square),
+    "simclr": (simclr, centre_square),
+    "simclr_small": (simclr_small, whole),
+    "simclr_digits": (simclr_digits, whole),
 }
+# Those whose views of one image differ enough for SimCLR.
+AUGMENTATIONS_OF_VIEWS = ("simclr", "simclr_small", "simclr_digits")

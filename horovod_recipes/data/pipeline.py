@@ -77,6 +77,21 @@ class RankInput:
     corrupt_images: CorruptImages
 
 
+def views_of(augmentation, views):
+    """Returns an augmentation that gives several random views of an image.
+
+    The result has one more dimension, `[views, height, width, channels]`.
+    """
+
+    def several(encoded, seed, shape, is_jpeg=False):
+        seeds = tf.unstack(tf.random.split(seed, views))
+        return tf.stack(
+            [augmentation(encoded, s, shape[1:], is_jpeg) for s in seeds]
+        )
+
+    return several
+
+
 # AutoGraph is slow, and would find no `if` or loop over tensors.
 @tf.autograph.experimental.do_not_convert
 def training_batches(
@@ -87,6 +102,7 @@ def training_batches(
     first_epoch=0,
     first_batch=0,
     seed=0,
+    views=None,
 ):
     """Returns an endless dataset of batches of this rank's training images.
 
@@ -105,15 +121,21 @@ def training_batches(
         first_batch: Integer, the batch of that epoch to begin with, counted
             from 0. Defaults to `0`.
         seed: Integer. Defaults to `0`.
+        views: Integer, the random views of each image, or None for one image
+            without a dimension for its views. Defaults to None.
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: uint8 `[batch, height,
-        width, channels]` and int64 `[batch]`.
+        width, channels]`, or `[batch, views, height, width, channels]`, and
+        int64 `[batch]`.
     """
     rank, ranks = rank_input.rank, rank_input.ranks
     corrupt_images = rank_input.corrupt_images
     shape = source.image_shape(config.image_size)
     augmentation, _ = AUGMENTATIONS[config.augmentation]
+    if views is not None:
+        augmentation = views_of(augmentation, views)
+        shape = (views, *shape)
     rank_seed = tf.random.experimental.stateless_fold_in([seed, 0], rank)
     buffer_size = config.shuffle_buffer
     if config.cache:

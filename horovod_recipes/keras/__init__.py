@@ -68,6 +68,7 @@ from horovod_recipes.keras._collectives import allreduce
 from horovod_recipes.keras._collectives import alltoall
 from horovod_recipes.keras._collectives import broadcast
 from horovod_recipes.keras._collectives import broadcast_
+from horovod_recipes.keras._collectives import differentiable_allgather
 from horovod_recipes.keras._collectives import grouped_allgather
 from horovod_recipes.keras._collectives import grouped_allreduce
 from horovod_recipes.keras._collectives import grouped_reducescatter
@@ -112,6 +113,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "differentiable_allgather",
     "elastic",
     "evaluate",
     "global_process_set",

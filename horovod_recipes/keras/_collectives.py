@@ -9,8 +9,10 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from horovod_recipes.keras import _watchdog
 from horovod_recipes.keras._folding import not_folded
 from horovod_recipes.keras._folding import one_not_folded
+from horovod_recipes.keras._handshake import waits_for
 
 
 def allreduce(
@@ -52,6 +54,94 @@ def allgather(value, name=None):
     Only the first dimension may differ between the ranks.
     """
     return hvd.allgather(not_folded(tf.convert_to_tensor(value)), name=name)
+
+
+def differentiable_allgather(
+    tensor, name=None, process_set=hvd.global_process_set
+):
+    """Returns all ranks' tensors as `allgather` does, with an exact gradient.
+
+    Take a loss over gathered tensors, such as a contrastive loss, whose mean
+    over the ranks is the loss of the global batch. With this function and
+    `DistributedOptimizer`, its gradient is that of the global batch.
+
+    Each rank's loss depends on the tensors of all ranks. So the gradient of a
+    rank's tensor is the sum, over all ranks, of the gradients of its part. The
+    gradient of `hvd.allgather` is their mean. `DistributedOptimizer` then
+    divides by the number of ranks once more, and the gradient that comes
+    through the gathered tensors is too small.
+
+    Args:
+        tensor: Float tensor, or array, with one dimension or more. Only the
+            first dimension may differ between the ranks. It may be 0.
+        name: String, the operation's name. Defaults to a generated name.
+        process_set: The `ProcessSet` of the ranks that call it. Defaults to
+            all ranks.
+
+    Returns:
+        Tensor, concatenated along the first dimension in the order of the
+        ranks.
+    """
+    return _gather(tf.convert_to_tensor(tensor), name, process_set)
+
+
+def _gather(tensor, name, process_set):
+    # The scope of a layer may have another number on another rank.
+    with tf.name_scope(""):
+        name = name or next_name("differentiable_allgather")
+
+        @tf.custom_gradient
+        def gather(tensor):
+            rows = tf.reshape(tf.shape(tensor)[0], [1])
+            gathered, rows_of_ranks = _tracked(
+                lambda tensors: [
+                    hvd.allgather(tensors[0], name, process_set=process_set),
+                    hvd.allgather(
+                        tensors[1],
+                        name and f"{name}_rows",
+                        process_set=process_set,
+                    ),
+                ],
+                [tensor, rows],
+                process_set,
+            )
+
+            def gradient(of_gathered):
+                """Sends each rank its part, and adds up what arrives."""
+                (parts,) = _tracked(
+                    lambda tensors: [
+                        hvd.alltoall(
+                            tensors[0],
+                            rows_of_ranks,
+                            name and f"{name}_gradient",
+                            process_set=process_set,
+                        )[0]
+                    ],
+                    [of_gathered],
+                    process_set,
+                )
+                ranks = tf.size(rows_of_ranks)
+                shape = tf.concat([[ranks], tf.shape(tensor)], axis=0)
+                return tf.reduce_sum(tf.reshape(parts, shape), axis=0)
+
+            return gathered, gradient
+
+        return gather(tensor)
+
+
+def _tracked(collective, tensors, process_set):
+    """Runs a collective in a step of `fit`, where the watchdog sees it."""
+    inputs = waits_for(process_set) or []
+    tensors = [not_folded(tensor) for tensor in tensors]
+    with tf.control_dependencies(inputs):
+        return _watchdog.tracked(collective)(tensors)
+
+
+def next_name(name):
+    """Returns an operation name that all ranks choose for the same step."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph().unique_name(name)
 
 
 def broadcast(value, root_rank, name=None):

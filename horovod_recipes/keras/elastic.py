@@ -354,6 +354,21 @@ class ElasticSampler:
             epoch += 1
             left = self._order(epoch)
 
+    def dataset(self):
+        """Returns `batches` as a `tf.data.Dataset`, for `map` and `fit`.
+
+        tf.data does not tune what is made from it. Its tuning thread sleeps for
+        up to a minute, and the end of a training would wait for it.
+
+        Returns:
+            Dataset of int64 tensors `[n]`, the indices of examples.
+        """
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return tf.data.Dataset.from_generator(
+            self.batches, output_signature=tf.TensorSpec([None], tf.int64)
+        ).with_options(options)
+
     def record_batch(self):
         """Records that this rank has trained on its next share.
 

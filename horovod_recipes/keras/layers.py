@@ -5,6 +5,7 @@ import keras
 import tensorflow as tf
 
 from horovod_recipes.keras import _watchdog
+from horovod_recipes.keras._collectives import next_name
 from horovod_recipes.keras._handshake import waits_for
 from horovod_recipes.keras._keras_hooks import check_outside_xla
 from horovod_recipes.keras._keras_hooks import moments_of
@@ -102,14 +103,9 @@ def _tracked_sum(tensor):
     with tf.name_scope(""), tf.control_dependencies(inputs):
         allreduce = _watchdog.tracked(
             lambda tensors: [
-                hvd.allreduce(*tensors, op=hvd.Sum, name=_next_name())
+                hvd.allreduce(
+                    *tensors, op=hvd.Sum, name=next_name("sync_batch_norm")
+                )
             ]
         )
         return allreduce([tensor])[0]
-
-
-def _next_name():
-    """Returns an operation name that all ranks choose for the same step."""
-    if tf.executing_eagerly():
-        return None
-    return tf.compat.v1.get_default_graph().unique_name("sync_batch_norm")

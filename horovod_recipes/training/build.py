@@ -7,9 +7,11 @@ import keras
 
 from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
+from horovod_recipes.models.heads import simclr_network
 from keras_lars import LARS
 from keras_lars import TrustRatio
 from keras_lars.muon import ConvMuon
+from keras_lars.schedules import WarmupCosineDecay
 from keras_lars.schedules import WarmupPolynomialDecay
 
 # Arguments that turn LARS into SGD with momentum and L2 decay.
@@ -30,7 +32,11 @@ def create_schedule(config, size):
     """
     arguments = dict(config.schedule)
     warmup_epochs = arguments.pop("warmup_epochs")
-    return WarmupPolynomialDecay(
+    schedule = WarmupPolynomialDecay
+    if arguments.pop("decay") == "cosine":
+        schedule = WarmupCosineDecay
+        del arguments["power"]
+    return schedule(
         total_steps=size.steps,
         warmup_steps=round(warmup_epochs * size.steps_per_epoch),
         **arguments,
@@ -94,7 +100,7 @@ def _trust_ratio(inner, arguments):
 
 
 def create_network(config, image_shape):
-    """Returns the uncompiled network, in the config's precision.
+    """Returns the uncompiled network of a task, in the config's precision.
 
     Args:
         config: The recipe's `ConfigDict`.
@@ -103,10 +109,18 @@ def create_network(config, image_shape):
     arguments = dict(config.model)
     create = MODELS[arguments.pop("name")]
     with _dtype_policy(config.precision):
-        return create(
+        network = create(
             image_shape=image_shape,
             num_classes=config.dataset.num_classes,
             **arguments,
+        )
+        if config.task != "simclr":
+            return network
+        return simclr_network(
+            network,
+            config.simclr.projection_layers,
+            config.simclr.embedding_size,
+            arguments.get("batch_norm", "micro_batch"),
         )
 
 

@@ -67,6 +67,7 @@ def report_callbacks(job):
                 job.size.steps_per_epoch,
                 job.schedule,
                 job.throughput,
+                job.task,
             ),
             logs.tensorboard(job.workdir),
         ]

@@ -27,7 +27,6 @@ from horovod_recipes.training.job_size import JobSize
 from horovod_recipes.training.job_size import job_size
 from horovod_recipes.training.tasks import Classification
 from horovod_recipes.training.tasks import find_task
-from keras_lars.schedules import WarmupPolynomialDecay
 
 
 def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
@@ -78,7 +77,7 @@ class Job:
     name: str
     workdir: pathlib.Path
     size: JobSize
-    schedule: WarmupPolynomialDecay
+    schedule: keras.optimizers.schedules.LearningRateSchedule
     model: keras.Model
     task: Classification
     corrupt_images: CorruptImages
@@ -107,10 +106,11 @@ def prepare(config, name, workdir):
         corrupt_images = CorruptImages(config.dataset.corrupt_images)
         task = find_task(config)(config, size, source, corrupt_images)
         process.set_seeds(config)
-        model = create_network(
+        network = create_network(
             config, source.image_shape(config.dataset.image_size)
         )
-        compile_model(model, config, size, schedule, task)
+        model = task.model(network)
+        compile_model(model, config, schedule, task)
     return Job(
         config=config,
         name=name,
@@ -124,25 +124,24 @@ def prepare(config, name, workdir):
     )
 
 
-def compile_model(model, config, size, schedule, task):
+def compile_model(model, config, schedule, task):
     """Compiles a network for all ranks, with one Python call per update.
 
     Args:
         model: The network.
         config: The recipe's `ConfigDict`.
-        size: The `JobSize`.
         schedule: The learning-rate schedule.
         task: The task, from `tasks.TASKS`.
     """
     model.compile(
         optimizer=hvd.DistributedOptimizer(
             create_optimizer(config, schedule),
-            backward_passes_per_step=size.accumulation_steps,
+            backward_passes_per_step=task.batches_per_update,
             average_aggregated_gradients=True,
         ),
         loss=task.loss(),
         metrics=task.metrics(),
-        steps_per_execution=size.accumulation_steps,
+        steps_per_execution=task.batches_per_update,
         # XLA cannot compile the allreduce. LARS always compiles its update.
         jit_compile=config.xla,
     )
@@ -208,6 +207,9 @@ def run(job, watchdog, callbacks):
 def settings_line(job):
     """Returns the settings that a person checks at the start, in one line."""
     size, schedule = job.size, job.config.schedule
+    decay = "by a cosine"
+    if schedule.decay == "polynomial":
+        decay = f"with power {schedule.power}"
     return (
         f"config={job.name} ranks={size.ranks} "
         f"global_batch={size.global_batch_size} ({size.ranks} ranks x "
@@ -215,8 +217,8 @@ def settings_line(job):
         f"accumulation) steps={size.steps} ({size.epochs} epochs x "
         f"{size.steps_per_epoch}) from_step={job.steps_done} "
         f"schedule={schedule.warmup_epochs} epochs up to "
-        f"{schedule.peak_learning_rate}, then down with power "
-        f"{schedule.power} seed={job.config.seed}"
+        f"{schedule.peak_learning_rate}, then down {decay} "
+        f"seed={job.config.seed}"
     )
 
 
@@ -278,7 +280,8 @@ def fit(job, part, evaluation, callbacks):
         job.task.training_dataset(epoch, updates_done),
         validation_data=evaluation,
         validation_freq=evaluation_epochs(job.config),
-        steps_per_epoch=size.micro_batches_per_epoch - micro_batches_done,
+        steps_per_epoch=(size.steps_per_epoch - updates_done)
+        * job.task.batches_per_update,
         initial_epoch=epoch,
         epochs=end,
         callbacks=callbacks,
@@ -332,6 +335,7 @@ def summarise(job, top1, epochs, skipped):
     }
     with raised_on_every_rank():
         if hvd.rank() == 0:
+            job.task.save_result(job.model, job.workdir)
             job.mlperf_log.run_stop("epochs_to_target" in summary)
             run_folder.write_summary(job.workdir, summary)
     return summary

@@ -22,31 +22,28 @@ def tensorboard(workdir):
 class MetricsTable(keras.callbacks.Callback):
     """Writes metrics.csv, with one row per epoch, and its plot, metrics.png.
 
+    Its columns are `epoch`, `step`, `learning_rate`, the metrics of the task
+    and `images_per_second`.
+
     Args:
         workdir: `pathlib.Path`. The table keeps the rows of earlier epochs, so
             that a resumed run has a complete table.
         steps_per_epoch: Integer, the updates per epoch.
         schedule: The learning-rate schedule, a function of the update's number.
         throughput: The `Throughput` of the same job.
+        task: The task of the job.
     """
 
-    COLUMNS = (
-        "epoch",
-        "step",
-        "learning_rate",
-        "train_loss",
-        "train_top1_percent",
-        "test_loss",
-        "test_top1_percent",
-        "images_per_second",
-    )
-
-    def __init__(self, workdir, steps_per_epoch, schedule, throughput):
+    def __init__(self, workdir, steps_per_epoch, schedule, throughput, task):
         super().__init__()
         self._path = workdir / "metrics.csv"
         self._steps_per_epoch = steps_per_epoch
         self._schedule = schedule
         self._throughput = throughput
+        self._metrics = {
+            "train": task.training_metrics,
+            "test": task.evaluation_metrics,
+        }
 
     def on_epoch_end(self, epoch, logs=None):
         rows = _read_table(self._path)
@@ -54,14 +51,28 @@ class MetricsTable(keras.callbacks.Callback):
         rows.append(self._row(epoch + 1, logs))
         with written_atomically(self._path) as part:
             with part.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.COLUMNS)
+                writer = csv.DictWriter(file, self._columns())
                 writer.writeheader()
                 writer.writerows(rows)
 
     def on_train_end(self, logs=None):
         picture = self._path.with_suffix(".png")
         with written_atomically(picture) as part:
-            _plot_table(_read_table(self._path), self._schedule, part)
+            _plot_table(
+                _read_table(self._path), self._schedule, self._metrics, part
+            )
+
+    def _columns(self):
+        metrics = [
+            _column(split, name)
+            for split, names in self._metrics.items()
+            for name in names
+        ]
+        return [
+            *("epoch", "step", "learning_rate"),
+            *metrics,
+            "images_per_second",
+        ]
 
     def _row(self, epoch, logs):
         step = epoch * self._steps_per_epoch
@@ -70,14 +81,24 @@ class MetricsTable(keras.callbacks.Callback):
             "step": step,
             # The rate of the epoch's last update. The schedule counts from 0.
             "learning_rate": float(self._schedule(step - 1)),
-            "train_loss": logs["loss"],
-            "train_top1_percent": round(100 * logs["top1"], 4),
             "images_per_second": self._throughput.images_per_second(),
         }
-        if "val_loss" in logs:
-            row["test_loss"] = logs["val_loss"]
-            row["test_top1_percent"] = round(100 * logs["val_top1"], 4)
+        for split, prefix in (("train", ""), ("test", "val_")):
+            for name in self._metrics[split]:
+                value = logs.get(prefix + name)
+                if value is not None and _is_accuracy(name):
+                    value = round(100 * value, 4)
+                row[_column(split, name)] = value
         return row
+
+
+def _column(split, name):
+    unit = "_percent" if _is_accuracy(name) else ""
+    return f"{split}_{name}{unit}"
+
+
+def _is_accuracy(name):
+    return name.endswith("top1")
 
 
 def _read_table(path):
@@ -88,27 +109,32 @@ def _read_table(path):
         return list(csv.DictReader(file))
 
 
-def _plot_table(rows, schedule, path):
-    """Plots loss, top-1 and learning rate over steps into a PNG file."""
-    figure = matplotlib.figure.Figure(figsize=(7, 8), layout="constrained")
-    loss, top1, rate = figure.subplots(3, sharex=True)
-    for axes, name in ((loss, "loss"), (top1, "top1_percent")):
+def _plot_table(rows, schedule, metrics, path):
+    """Plots the metrics and the learning rate over steps into a PNG file."""
+    names = list(dict.fromkeys([*metrics["train"], *metrics["test"]]))
+    figure = matplotlib.figure.Figure(
+        figsize=(7, 2 + 2 * len(names)), layout="constrained"
+    )
+    *panels, rate = figure.subplots(len(names) + 1, sharex=True)
+    for axes, name in zip(panels, names, strict=True):
         for split in ("train", "test"):
             points = [
-                (int(row["step"]), float(row[f"{split}_{name}"]))
+                (int(row["step"]), float(row[_column(split, name)]))
                 for row in rows
-                if row[f"{split}_{name}"]
+                if row.get(_column(split, name))
             ]
-            axes.plot(*zip(*points, strict=True), marker=".", label=split)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=split)
         axes.legend()
-    loss.set_yscale("log")
-    loss.set_ylabel("loss")
-    top1.set_ylabel("top-1, %")
+        if name.endswith("loss"):
+            axes.set_yscale("log")
+        label = name.replace("_", " ").replace("top1", "top-1")
+        axes.set_ylabel(f"{label}, %" if _is_accuracy(name) else label)
     steps = np.arange(int(rows[-1]["step"]))
     rate.plot(steps, [float(schedule(step)) for step in steps])
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step (update)")
-    for axes in (loss, top1, rate):
+    for axes in (*panels, rate):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -1,6 +1,7 @@
 """Settings of a job's whole process, made before it builds anything."""
 
 import sys
+import time
 
 import keras
 import tensorflow as tf
@@ -69,3 +70,14 @@ def set_seeds(config):
         tf.config.experimental.enable_op_determinism()
     # Each rank needs its own random numbers. Rank 0 broadcasts its weights.
     keras.utils.set_random_seed(config.seed + hvd.rank())
+
+
+def end_with_error(error):
+    """Prints the error of this rank, and lets the others print theirs.
+
+    horovodrun kills all ranks as soon as one exits. The shutdown stops them,
+    and the wait lets them print why.
+    """
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    hvd.shutdown()
+    time.sleep(hvd.callbacks.SECONDS_TO_SAY_WHY)

@@ -42,6 +42,13 @@ ROOMS_BELOW = {
         "keras",
         "training",
     },
+    f"{RECIPES}.evaluate": {
+        "_quiet",
+        "errors",
+        "install_horovod",
+        "keras",
+        "training",
+    },
     f"{RECIPES}.plan": {"_quiet", "configs", "errors", "planning"},
 }
 # The packages import none of the last three.

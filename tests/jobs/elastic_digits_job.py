@@ -89,11 +89,7 @@ def create_model(image_shape, steps, warmup_steps):
 def train(state, images, labels, arguments):
     """Trains what is left to do, on the ranks that there are now."""
     log("start", ranks=hvd.size(), epoch=state.epoch, batch=state.batch)
-    dataset = tf.data.Dataset.from_generator(
-        state.sampler.batches,
-        output_signature=tf.TensorSpec([None], tf.int64),
-    )
-    dataset = dataset.map(
+    dataset = state.sampler.dataset().map(
         lambda indices: (tf.gather(images, indices), tf.gather(labels, indices))
     )
     state.model.fit(

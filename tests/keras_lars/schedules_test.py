@@ -1,11 +1,13 @@
 """The schedules at steps where their values are known."""
 
 import json
+import math
 
 import keras
 import numpy as np
 import pytest
 
+from keras_lars.schedules import WarmupCosineDecay
 from keras_lars.schedules import WarmupPolynomialDecay
 from keras_lars.schedules import scale_learning_rate
 
@@ -51,8 +53,28 @@ def test_warmup_power_and_start():
     assert values(schedule, [0, 2]) == pytest.approx([1.0, 3.0])
 
 
-def test_config_round_trip():
-    schedule = WarmupPolynomialDecay(3.0, 9, 2, 0.1, 2.0, 0.01, 1.5, False)
+def test_cosine_after_a_linear_warmup():
+    schedule = WarmupCosineDecay(
+        3.0, total_steps=10, warmup_steps=4, end_learning_rate=1.0
+    )
+    after = [1 + (1 + math.cos(math.pi * t / 6)) for t in range(7)]
+    assert values(schedule, range(11)) == pytest.approx(
+        [0.0, 0.75, 1.5, 2.25, *after], rel=1e-6
+    )
+    assert values(schedule, [20]) == [1.0]
+    without = WarmupCosineDecay(2.0, total_steps=4)
+    assert values(without, [0, 2, 4]) == pytest.approx([2.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        WarmupPolynomialDecay(3.0, 9, 2, 0.1, 2.0, 0.01, 1.5, False),
+        WarmupCosineDecay(3.0, 9, 2, 0.1),
+    ],
+    ids=lambda schedule: schedule.name,
+)
+def test_config_round_trip(schedule):
     again = keras.saving.deserialize_keras_object(
         keras.saving.serialize_keras_object(schedule)
     )
@@ -76,6 +98,9 @@ def test_bad_argument_is_named(name, value):
     arguments = {"peak_learning_rate": 1.0, "total_steps": 10, name: value}
     with pytest.raises(ValueError, match=name):
         WarmupPolynomialDecay(**arguments)
+    if name not in ("warmup_start_learning_rate", "warmup_power", "power"):
+        with pytest.raises(ValueError, match=name):
+            WarmupCosineDecay(**arguments)
 
 
 def test_steps_may_be_a_tensor():

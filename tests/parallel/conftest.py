@@ -8,8 +8,8 @@ import pytest
 
 import horovod_recipes.keras as hvd
 
-RANK_0_ALONE = hvd.ProcessSet([0])
-hvd.init(process_sets=[RANK_0_ALONE])
+RANKS_ALONE = [hvd.ProcessSet([0]), hvd.ProcessSet([1])]
+hvd.init(process_sets=RANKS_ALONE)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +21,13 @@ def _two_ranks():
 @pytest.fixture
 def rank_0_alone():
     """A process set that rank 1 is not in."""
-    return RANK_0_ALONE
+    return RANKS_ALONE[0]
+
+
+@pytest.fixture
+def this_rank_alone():
+    """A process set of this rank, where nothing is exchanged."""
+    return RANKS_ALONE[hvd.rank()]
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ ADDED = {
     "process_set_included_op": horovod.tensorflow,
     "rank_op": horovod.tensorflow,
     "size_op": horovod.tensorflow,
+    "differentiable_allgather": None,  # With the gradient of a global batch.
     "average_variables": None,  # In place, over the ranks.
     "evaluate": None,  # Counts every example of every rank once.
     "sum_over_ranks": None,  # Of variables, in float64.

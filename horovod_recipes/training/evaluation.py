@@ -1,0 +1,211 @@
+"""Evaluates a trained encoder: a linear classifier and nearest neighbours.
+
+Source of the linear classifier: Chen et al., arXiv 2002.05709, appendix B.6: 90
+epochs of SGD with Nesterov's momentum of 0.9, a rate of 0.1 per 256 images that
+falls along a cosine, no weight decay, and random crops and flips. Source of the
+neighbours' settings: Wu et al., arXiv 1805.01978, section 3.4.
+"""
+
+import json
+import warnings
+
+import keras
+from ml_collections import ConfigDict
+
+import horovod_recipes.keras as hvd
+from horovod_recipes.configs._check import check_source
+from horovod_recipes.data.pipeline import CorruptImages
+from horovod_recipes.data.sources import load_source
+from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
+from horovod_recipes.models.heads import encoder_of
+from horovod_recipes.training import neighbours
+from horovod_recipes.training import process
+from horovod_recipes.training import workdir as run_folder
+from horovod_recipes.training.build import create_network
+from horovod_recipes.training.failures import explained
+from horovod_recipes.training.failures import raised_on_every_rank
+from horovod_recipes.training.job_size import job_size
+from horovod_recipes.training.tasks import Classification
+from keras_lars._files import written_atomically
+from keras_lars.schedules import WarmupCosineDecay
+from keras_lars.schedules import scale_learning_rate
+
+RATE_PER_256_IMAGES = 0.1
+MOMENTUM = 0.9
+
+
+def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
+    """Evaluates the encoder of a finished run on the test split, exactly.
+
+    Call it on every rank, after `hvd.init()`. It writes `evaluation.json` and
+    `neighbours.png` to `workdir`.
+
+    Args:
+        workdir: `pathlib.Path`, the work folder of a run with `task=simclr`.
+        linear_epochs: Integer >= 1, the epochs of the linear classifier.
+        with_random_weights: Whether to evaluate the same network with new
+            random weights too. Defaults to `False`.
+
+    Returns:
+        A dict, the contents of `evaluation.json`, the same on every rank.
+
+    Raises:
+        JobError: On every rank, if `workdir` has no encoder, if the dataset is
+            not on disk, or if a rank is lost.
+    """
+    with raised_on_every_rank():
+        config = read_job(workdir)
+        encoder = load_encoder(workdir)
+        source = load_source(
+            config.dataset.name,
+            config.dataset.data_dir,
+            [config.dataset.train_split, config.dataset.test_split],
+        )
+        check_source(config, source)
+    with hvd.callbacks.Watchdog(config.hang_seconds) as watchdog, explained():
+        results, nearest = evaluate(
+            encoder, config, source, linear_epochs, watchdog
+        )
+        picture = neighbours.images_of(nearest, config, source)
+        if with_random_weights:
+            process.set_seeds(config)
+            random, _ = evaluate(
+                random_encoder(config, source),
+                config,
+                source,
+                linear_epochs,
+                watchdog,
+            )
+            results |= {f"random_{name}": v for name, v in random.items()}
+    results = {
+        "linear_epochs": linear_epochs,
+        "neighbours": neighbours.NEIGHBOURS,
+        "ranks": hvd.size(),
+        **results,
+    }
+    with raised_on_every_rank():
+        if hvd.rank() == 0:
+            with written_atomically(workdir / "evaluation.json") as part:
+                part.write_text(json.dumps(results) + "\n")
+            with written_atomically(workdir / "neighbours.png") as part:
+                neighbours.draw(picture, part)
+    return results
+
+
+def read_job(workdir):
+    """Returns the config of the run in `workdir`."""
+    saved = run_folder.read_config(workdir)
+    if saved is None:
+        raise JobError(
+            f"no run in {workdir}: it has no config.json of a run; train one: "
+            "python -m horovod_recipes.train --config=simclr:... --workdir=..."
+        )
+    if saved["task"] != "simclr":
+        raise JobError(
+            f"the run in {workdir} has task={saved['task']} and no encoder; "
+            "its top-1 is in summary.json"
+        )
+    return ConfigDict(saved)
+
+
+def load_encoder(workdir):
+    """Returns the encoder that a finished run has saved."""
+    path = workdir / "encoder.keras"
+    if not path.exists():
+        raise JobError(
+            f"no encoder in {workdir}: the run is not finished; continue it "
+            "with horovod_recipes.train --resume"
+        )
+    try:
+        return keras.saving.load_model(path)
+    except Exception as error:  # A broken file can raise any error.
+        raise JobError(
+            f"cannot load {path} ({one_line(error)}); restore it, or train "
+            "again with --overwrite"
+        ) from error
+
+
+def random_encoder(config, source):
+    """Returns the run's encoder with random weights, equal on all ranks."""
+    shape = source.image_shape(config.dataset.image_size)
+    encoder = encoder_of(create_network(config, shape))
+    hvd.broadcast_variables(encoder.weights, root_rank=0)
+    return encoder
+
+
+def evaluate(encoder, config, source, linear_epochs, watchdog):
+    """Returns the top-1 in percent of both methods, and the neighbours."""
+    # No gradient, and batch norm uses its moving statistics.
+    encoder.trainable = False
+    linear = linear_top1(
+        encoder,
+        config_of_classifier(config, linear_epochs),
+        source,
+        watchdog,
+    )
+    nearest = neighbours.find(encoder, config, source, watchdog)
+    results = {
+        "linear_top1": round(100 * linear, 3),
+        "knn_top1": round(100 * nearest.top1, 3),
+    }
+    return results, nearest
+
+
+def config_of_classifier(config, epochs):
+    """Returns the config, with crops and flips but without distortions."""
+    config = ConfigDict(config.to_dict())
+    config.epochs = epochs
+    config.label_smoothing = 0.0
+    # A mirrored digit is none.
+    is_digit = config.dataset.augmentation == "simclr_digits"
+    config.dataset.augmentation = "random_affine" if is_digit else "inception"
+    return config
+
+
+def linear_top1(encoder, config, source, watchdog):
+    """Trains a linear classifier on all ranks; returns its top-1, 0 to 1."""
+    with raised_on_every_rank():
+        size = job_size(config, hvd.size())
+        task = Classification(config, size, source, CorruptImages("stop"))
+    rate = scale_learning_rate(
+        RATE_PER_256_IMAGES, size.global_batch_size, base_batch_size=256
+    )
+    optimizer = keras.optimizers.SGD(
+        WarmupCosineDecay(rate, total_steps=size.steps),
+        momentum=MOMENTUM,
+        nesterov=True,
+    )
+    inputs = keras.Input(encoder.input_shape[1:], dtype="uint8")
+    logits = keras.layers.Dense(config.dataset.num_classes, dtype="float32")
+    model = keras.Model(inputs, logits(encoder(inputs, training=False)))
+    model.compile(
+        optimizer=hvd.DistributedOptimizer(
+            optimizer,
+            backward_passes_per_step=size.accumulation_steps,
+            average_aggregated_gradients=True,
+        ),
+        loss=task.loss(),
+        metrics=task.metrics(),
+        steps_per_execution=size.accumulation_steps,
+        jit_compile=False,
+    )
+    model.fit(
+        task.training_dataset(first_epoch=0, updates_done=0),
+        steps_per_epoch=size.micro_batches_per_epoch,
+        epochs=config.epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[
+            watchdog,
+            hvd.callbacks.BroadcastGlobalVariablesCallback(0),
+            hvd.callbacks.ExactMetrics(),
+        ],
+    )
+    with warnings.catch_warnings():
+        # Keras prints this for every dataset whose length is unknown.
+        warnings.filterwarnings("ignore", "Your input ran out of data")
+        results = hvd.evaluate(
+            model, task.evaluation_dataset(), verbose=0, callbacks=[watchdog]
+        )
+    return results["top1"]
