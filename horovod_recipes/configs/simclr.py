@@ -15,7 +15,7 @@ advantage there above a batch of 4,096, and the weight decay is 1e-6
 | imagenet_8192 | ResNet-50 | 8,192 | 100 | 9.6 | 64.8 (appendix B.1) |
 | cifar10 | ResNet-18 | 512 | 1,000 | 2.0 | 91 (repository) |
 | fashion_mnist | 3 blocks of it | 1,024 | 20 | 2.4 | |
-| digits | 3 blocks of it | 512 | 20 | 1.7 | |
+| digits | 3 blocks of it | 256 | 20 | 3.0 | |
 
 The expected top-1 is that of a linear classifier (`horovod_recipes.evaluate`).
 The first three have not run at full size here. The last two are for two CPU
@@ -96,12 +96,20 @@ def cifar10():
 
 def fashion_mnist():
     config = cifar10()
-    config.model.update(stage_blocks=(1, 1, 1), width=16, stem_stride=2)
+    config.model.update(
+        stage_blocks=(1, 1, 1),
+        width=16,
+        stem_stride=2,
+        # On CPUs, synchronizing doubles the time of a step.
+        batch_norm="micro_batch",
+    )
     config.dataset.update(name="fashion_mnist", train_examples=60_000)
     config.global_batch_size = 1024
     config.max_micro_batch_size = 512
     config.epochs = 20
     config.schedule.update(peak_learning_rate=2.4, warmup_epochs=2)
+    # At the full rate, the probe of so short a training diverges.
+    config.optimizer.unadapted_scale = 0.1
     config.evaluate_every_epochs = 5
     config.checkpoint_every_epochs = 5
     config.expected_top1 = None
@@ -116,11 +124,12 @@ def digits():
         test_examples=1000,
         augmentation="simclr_digits",
     )
-    config.global_batch_size = 512
-    config.schedule.peak_learning_rate = 1.7
+    config.global_batch_size = 256
+    config.simclr.temperature = 0.2
+    config.schedule.peak_learning_rate = 3.0
     config.evaluate_every_epochs = 10
     config.checkpoint_every_epochs = 10
-    config.log_trust_ratios_every_steps = 7
+    config.log_trust_ratios_every_steps = 15
     return config
 
 

@@ -172,8 +172,7 @@ def draw(rows, path):
         for axes, image in zip(line, images, strict=True):
             axes.imshow(image.squeeze(), cmap="gray")
             axes.set_axis_off()
-    panels[0][0].set_title("test", fontsize=9)
-    panels[0][1].set_title(
-        "nearest training images, without labels", fontsize=9, loc="left"
+    figure.suptitle(
+        "left: test images; right: their nearest training images", fontsize=10
     )
     figure.savefig(path, dpi=120, format="png")

@@ -172,7 +172,7 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
         ({"schedule.warmup_epochs": 3}, "warmup_epochs .* below the 3 epochs"),
         (
             {"model.name": "vgg"},
-            "model.name must be one of alexnet, resnet50, small_cnn",
+            "model.name must be one of alexnet, resnet18, resnet50",
         ),
         ({"dataset.augmentation": "cutout"}, "augmentation must be one of"),
         ({"dataset.name": "nodigits"}, "unknown dataset 'nodigits'"),
