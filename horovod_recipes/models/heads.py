@@ -5,6 +5,9 @@ from keras import layers
 
 from horovod_recipes.models.batch_norm import batch_norm_layer
 
+# The random views of each image.
+VIEWS = 2
+
 
 def simclr_network(
     classifier, projection_layers, embedding_size, batch_norm="micro_batch"

@@ -6,12 +6,14 @@ import math
 import keras
 import numpy as np
 from keras import layers
+from ml_collections import ConfigDict
 
 from horovod_recipes.configs._check import check_config
 from horovod_recipes.data.sources import TfdsSource
 from horovod_recipes.data.sources import find_builder
 from horovod_recipes.errors import JobError
 from horovod_recipes.models.flops import training_flops
+from horovod_recipes.models.heads import VIEWS
 from horovod_recipes.planning.hardware import allreduce_seconds
 from horovod_recipes.planning.hardware import find_hardware
 from horovod_recipes.planning.overlap import allreduce_times
@@ -68,12 +70,14 @@ def make_plan(config, ranks, hardware_name):
     peak, achieved = hardware.flops_per_second[config.precision]
     job = job_size(config, ranks)
     optimizer = create_optimizer(config, create_schedule(config, job))
-    model = create_network(config, image_shape(config.dataset))
-    image_flops = training_flops(model)
+    model = planned_network(config)
     gradients = gradients_of(model)
-    seconds = functools.partial(
-        step_seconds, hardware, achieved, image_flops, gradients
-    )
+
+    def seconds(job):
+        image_flops = flops_per_image(config, model, job)
+        return step_seconds(hardware, achieved, image_flops, gradients, job)
+
+    views = VIEWS if config.task == "simclr" else 1
     return {
         "hardware": {
             "name": hardware_name,
@@ -94,12 +98,33 @@ def make_plan(config, ranks, hardware_name):
             "steps": job.steps,
         },
         "schedule": schedule_points(config, job),
-        "memory": memory_per_device(model, optimizer, config.precision, job),
-        "training_flops_per_image": image_flops,
+        "memory": memory_per_device(
+            model, optimizer, config.precision, job, views
+        ),
+        "training_flops_per_image": flops_per_image(config, model, job),
         "allreduce_bytes": sum(size for size, _ in gradients),
         "step": seconds(job),
         "scaling": [scaling_row(config, n, seconds) for n in TABLE_RANKS],
     }
+
+
+def planned_network(config):
+    """Returns the network of a config, without layers that need Horovod."""
+    config = ConfigDict(config.to_dict())
+    if "batch_norm" in config.model:
+        config.model.batch_norm = "micro_batch"
+    return create_network(config, image_shape(config.dataset))
+
+
+def flops_per_image(config, model, job):
+    """Returns the FLOPs to train on one image, with all of its views."""
+    flops = training_flops(model)
+    if config.task == "simclr":
+        flops *= VIEWS
+        if job.accumulation_steps > 1:
+            # Gradient caching has one more forward pass.
+            flops = flops * 4 // 3
+    return flops
 
 
 def image_shape(dataset):
@@ -119,11 +144,11 @@ def trainable_parameters(model):
     return sum(math.prod(v.shape) for v in model.trainable_variables)
 
 
-def memory_per_device(model, optimizer, precision, job):
+def memory_per_device(model, optimizer, precision, job, views=1):
     """Returns the bytes of each part of a device's memory.
 
-    They count what the device holds at the end of a forward pass. The optimizer
-    gets built.
+    They count what the device holds at the end of a forward pass over all views
+    of a micro-batch. The optimizer gets built.
     """
     parameters = trainable_parameters(model)
     memory = {
@@ -133,7 +158,7 @@ def memory_per_device(model, optimizer, precision, job):
         "accumulated gradients": 4 * parameters * (job.accumulation_steps > 1),
         "optimizer's state": optimizer_bytes(optimizer, model),
         "Horovod's copy of the gradients": 4 * parameters * (job.ranks > 1),
-        "activations": job.micro_batch_size * activation_bytes(model),
+        "activations": views * job.micro_batch_size * activation_bytes(model),
     }
     return {name: size for name, size in memory.items() if size}
 

@@ -44,8 +44,9 @@ def job_size(config, ranks):
     number is the smallest that `config.max_micro_batch_size` allows.
 
     Raises:
-        JobError: If the global batch is not divisible by the ranks, or if the
-            dataset is too small for the ranks or the batch.
+        JobError: If the global batch is not divisible by the ranks, if the
+            dataset is too small for the ranks or the batch, or if a micro-batch
+            is too small for SimCLR.
     """
     _check_ranks(config, ranks)
     share = config.global_batch_size // ranks
@@ -53,9 +54,16 @@ def job_size(config, ranks):
     accumulation_steps = next(
         n for n in range(fewest, share + 1) if share % n == 0
     )
+    micro_batch_size = share // accumulation_steps
+    if config.task == "simclr" and micro_batch_size < 2:
+        raise JobError(
+            "task=simclr needs 2 images or more in a micro-batch, for batch "
+            "norm; use fewer ranks, a larger global_batch_size or a larger "
+            "max_micro_batch_size"
+        )
     return JobSize(
         ranks=ranks,
-        micro_batch_size=share // accumulation_steps,
+        micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,
         steps_per_epoch=(
             config.dataset.train_examples // config.global_batch_size

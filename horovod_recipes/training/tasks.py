@@ -14,6 +14,7 @@ from horovod_recipes.data.pipeline import RankInput
 from horovod_recipes.data.pipeline import evaluation_batches
 from horovod_recipes.data.pipeline import training_batches
 from horovod_recipes.errors import JobError
+from horovod_recipes.models.heads import VIEWS
 from horovod_recipes.models.heads import encoder_of
 from horovod_recipes.training.simclr import PROBE_METRICS
 from horovod_recipes.training.simclr import NTXent
@@ -120,18 +121,9 @@ class SimCLR(Classification):
         *PROBE_METRICS,
     )
     evaluation_metrics = PROBE_METRICS
-    views = 2
+    views = VIEWS
     # The micro-batches of an update are one batch of `fit`.
     batches_per_update = 1
-
-    def __init__(self, config, size, source, corrupt_images):
-        super().__init__(config, size, source, corrupt_images)
-        if size.micro_batch_size < 2:
-            raise JobError(
-                "task=simclr needs 2 images or more in a micro-batch, for "
-                "batch norm; use fewer ranks, a larger global_batch_size or a "
-                "larger max_micro_batch_size"
-            )
 
     def model(self, network):
         return SimCLRModel(network.input, network.output, name=network.name)

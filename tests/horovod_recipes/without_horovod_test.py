@@ -32,6 +32,10 @@ status = plan.main(
     ["plan", "--config=resnet50:32k", "--ranks=8", "--hardware=a100"]
 )
 assert status == 0
+status = plan.main(
+    ["plan", "--config=simclr:imagenet_4096", "--ranks=8", "--hardware=a100"]
+)
+assert status == 0
 """,
     "data": """
 from horovod_recipes.data.__main__ import main
@@ -43,6 +47,7 @@ assert source.num_examples("train") == 4000
     "models": """
 import numpy as np
 from horovod_recipes.models import MODELS
+import horovod_recipes.models.losses
 network = MODELS["resnet50"]((64, 64, 3), 10, width=4)
 assert network(np.zeros((1, 64, 64, 3), "uint8")).shape == (1, 10)
 """,

@@ -6,8 +6,11 @@ import re
 
 import pytest
 
+from horovod_recipes.configs import simclr
 from horovod_recipes.configs._check import check_config
 from horovod_recipes.errors import JobError
+from horovod_recipes.planning.estimate import image_shape
+from horovod_recipes.training.build import create_network
 from horovod_recipes.training.build import create_optimizer
 from horovod_recipes.training.build import create_schedule
 from horovod_recipes.training.job_size import job_size
@@ -249,3 +252,100 @@ def test_table_of_the_imagenet_page():
 def test_unknown_variant(family):
     with pytest.raises(JobError, match=r"unknown variant '9k'; .*4k|1k, 8k"):
         module(family).get_config("9k")
+
+
+# Global batch, epochs, rate, temperature, weight decay and dense layers of the
+# head, typed from arXiv 2002.05709 and the README of google-research/simclr.
+SIMCLR = {
+    "imagenet_4096": (4096, 100, 0.3 * 4096 / 256, 0.1, 1e-6, 2),
+    "imagenet_8192": (8192, 100, 0.3 * 8192 / 256, 0.1, 1e-6, 2),
+    "cifar10": (512, 1000, 1.0 * 512 / 256, 0.5, 1e-4, 3),
+}
+
+
+@pytest.mark.parametrize("variant", simclr.VARIANTS)
+def test_simclr(variant):
+    config = simclr.get_config(variant)
+    check_config(config)
+    job = job_size(config, ranks=2)
+    schedule = create_schedule(config, job)
+    warmup = config.schedule.warmup_epochs * job.steps_per_epoch
+    peak = config.schedule.peak_learning_rate
+    middle = (warmup + job.steps) / 2
+    assert float(schedule(warmup)) == pytest.approx(peak)
+    assert float(schedule(middle)) == pytest.approx(peak / 2, rel=1e-4)
+    assert float(schedule(job.steps)) == 0
+    optimizer = create_optimizer(config, schedule)
+    assert optimizer.momentum == 0.9
+    assert not optimizer.nesterov
+    assert optimizer.trust_coefficient == 0.001
+    assert optimizer.trust_ratio_norm == "joint"
+    network = create_network(planned(config), image_shape(config.dataset))
+    # A pattern that matches nothing is an error.
+    optimizer.build(network.trainable_variables)
+    adapted = [
+        v.path
+        for v in network.trainable_variables
+        if not any(
+            re.search(pattern, v.path)
+            for pattern in optimizer.exclude_from_layer_adaptation
+        )
+    ]
+    assert adapted == [
+        v.path
+        for v in network.trainable_variables
+        if len(v.shape) > 1 and not v.path.startswith("probe/")
+    ]
+    if variant not in SIMCLR:
+        return
+    batch, epochs, rate, temperature, decay, layers = SIMCLR[variant]
+    assert config.global_batch_size == batch
+    assert (config.epochs, config.schedule.warmup_epochs) == (epochs, 10)
+    assert peak == pytest.approx(rate)
+    assert config.simclr.temperature == temperature
+    assert config.simclr.projection_layers == layers
+    assert config.simclr.embedding_size == 128
+    assert optimizer.weight_decay == decay
+    assert config.model.batch_norm == "synchronized"
+
+
+def planned(config):
+    """Returns the config without batch norm over ranks: Horovod is not up."""
+    config = config.copy_and_resolve_references()
+    config.model.batch_norm = "micro_batch"
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"simclr.temperature": 0.0}, "simclr.temperature must be above 0"),
+        ({"simclr.temperature": -0.1}, "simclr.temperature must be above 0"),
+        ({"simclr.embedding_size": 0}, "simclr.embedding_size must be 1 or"),
+        ({"dataset.augmentation": "none"}, "different views of an image"),
+        ({"dataset.augmentation": "minimal"}, "different views of an image"),
+        ({"xla": True}, "does not work with xla"),
+        (
+            {"schedule.decay": "step"},
+            "schedule.decay must be one of polynomial",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_simclr_config(changes, match):
+    config = simclr.get_config("digits")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(JobError, match=match):
+        check_config(config)
+
+
+def test_simclr_needs_two_images_in_a_micro_batch():
+    config = simclr.get_config("digits")
+    config.max_micro_batch_size = 1
+    with pytest.raises(JobError, match="needs 2 images or more"):
+        job_size(config, ranks=2)
+
+
+def test_unknown_variant_of_simclr():
+    with pytest.raises(JobError, match="the variants are: imagenet_4096"):
+        simclr.get_config("imagenet")

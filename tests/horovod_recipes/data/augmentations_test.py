@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from horovod_recipes.data import augmentations
+from horovod_recipes.data import colours
 
 HEIGHT, WIDTH = 160, 240
 SHAPE = (32, 48, 3)
@@ -18,6 +19,11 @@ CROPS = (
     augmentations.centre_square,
 )
 ALL = (augmentations.whole, augmentations.random_affine, *CROPS)
+VIEWS = (
+    augmentations.simclr,
+    augmentations.simclr_small,
+    augmentations.simclr_digits,
+)
 
 
 def coordinates(height=HEIGHT, width=WIDTH):
@@ -124,6 +130,23 @@ def test_inception_crops_within_the_limits_and_flips_on_its_own():
         assert abs(correlation) < 0.15
 
 
+def test_views_of_digits_are_larger_and_not_mirrored(monkeypatch):
+    # The colours tell the place, so they must stay.
+    monkeypatch.setattr(colours, "PROBABILITY_OF_JITTER", 0.0)
+    monkeypatch.setattr(colours, "PROBABILITY_OF_GREY", 0.0)
+    encoded = png(coordinates())
+    images = crops(augmentations.simclr_digits, encoded, 200)
+    _, _, heights, widths, flipped = windows(images)
+    areas = heights * widths / (HEIGHT * WIDTH)
+    assert 0.39 < areas.min() < 0.45
+    assert not flipped.any()
+    images = crops(augmentations.simclr_small, encoded, 200)
+    _, _, heights, widths, flipped = windows(images)
+    areas = heights * widths / (HEIGHT * WIDTH)
+    assert 0.078 < areas.min() < 0.12
+    assert 0.4 < flipped.mean() < 0.6
+
+
 def test_inception_takes_the_whole_image_where_no_crop_fits():
     # A 4:3 crop that is 12 rows high covers less than 8 % of the image.
     encoded = png(coordinates(12, 240))
@@ -154,7 +177,7 @@ def test_centre_square_is_seven_eighths_of_the_shorter_side():
     assert np.abs(crop.numpy() - expected).mean() < 2
 
 
-@pytest.mark.parametrize("function", ALL)
+@pytest.mark.parametrize("function", ALL + VIEWS)
 def test_pixels_are_uint8_of_the_shape_and_depend_on_the_seed_alone(function):
     encoded = jpeg(coordinates())
     image = function(encoded, [1, 2], SHAPE)
@@ -165,6 +188,7 @@ def test_pixels_are_uint8_of_the_shape_and_depend_on_the_seed_alone(function):
         augmentations.random_affine,
         augmentations.minimal,
         augmentations.inception,
+        *VIEWS,
     )
     other = function(encoded, [1, 3], SHAPE)
     assert (image.numpy() != other.numpy()).any() == is_random

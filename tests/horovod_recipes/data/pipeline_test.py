@@ -243,3 +243,23 @@ def test_dataset_that_is_not_on_disk(tmp_path):
 def test_unknown_dataset():
     with pytest.raises(JobError, match="unknown dataset 'nodigits'"):
         load_source("nodigits", None)
+
+
+def test_views_of_an_image(source):
+    """Two random views, the same in a resumed job, with their own crops."""
+    changes = {"augmentation": "simclr_digits"}
+    first = list(training(source, changes, views=2).take(3).as_numpy_iterator())
+    for images, labels in first:
+        assert images.shape == (500, 2, 28, 28, 1)
+        assert images.dtype == np.uint8
+        assert labels.shape == (500,)
+        different = np.any(images[:, 0] != images[:, 1], axis=(1, 2, 3))
+        assert different.mean() > 0.99
+    resumed = training(source, changes, views=2, first_batch=2)
+    for a, b in zip(first[2], next(iter(resumed)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Without an augmentation, each view is the image itself.
+    images, _ = next(iter(training(source, views=2)))
+    alone, _ = next(iter(training(source)))
+    np.testing.assert_array_equal(images[:, 0], alone)
+    np.testing.assert_array_equal(images[:, 1], alone)

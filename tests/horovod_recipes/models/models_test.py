@@ -10,6 +10,8 @@ import pytest
 import tensorflow as tf
 
 from horovod_recipes.models import MODELS
+from horovod_recipes.models.heads import encoder_of
+from horovod_recipes.models.heads import simclr_network
 from horovod_recipes.models.layers import GroupedConv2D
 from horovod_recipes.models.layers import LocalResponseNormalization
 
@@ -392,3 +394,85 @@ for index in range(3):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+def test_resnet18_for_small_images():
+    """It has as many weights as the networks that others train on CIFAR-10."""
+    network = MODELS["resnet18"]((32, 32, 3), 10)
+    assert count(network.trainable_variables) == 11_173_962
+    outputs = {layer.name: layer.output.shape[1:] for layer in network.layers}
+    assert outputs["stem_relu"] == (32, 32, 64)
+    assert outputs["stage1_block2_relu"] == (32, 32, 64)
+    assert outputs["stage4_block2_relu"] == (4, 4, 512)
+    assert outputs["pool"] == (512,)
+    assert "stage1_block1_projection_conv" not in outputs
+    small = MODELS["resnet18"](
+        (28, 28, 1), 10, stage_blocks=(1, 1, 1), width=16, stem_stride=2
+    )
+    assert small.get_layer("stem_relu").output.shape[1:] == (14, 14, 16)
+    assert small(images(small)).shape == (4, 10)
+
+
+@pytest.mark.parametrize("projection_layers", [2, 3])
+def test_simclr_network(projection_layers):
+    """Its head is as the paper has it, and its encoder lacks the logits."""
+    classifier = MODELS["resnet18"]((8, 8, 3), 10, stage_blocks=(1, 1), width=4)
+    network = simclr_network(classifier, projection_layers, 16)
+    features, embedding, logits = (
+        network.output[name] for name in ("features", "embedding", "logits")
+    )
+    assert [x.shape[1] for x in (features, embedding, logits)] == [8, 16, 10]
+    head = [
+        layer for layer in network.layers if layer.name.startswith("projection")
+    ]
+    kinds = [type(layer).__name__ for layer in head]
+    block = ["Dense", "BatchNormalization", "ReLU"]
+    assert kinds == (block * projection_layers)[:-1]
+    denses = [layer for layer in head if isinstance(layer, keras.layers.Dense)]
+    sizes = [8] * (projection_layers - 1) + [16]
+    assert [dense.units for dense in denses] == sizes
+    assert not any(dense.use_bias for dense in denses)
+    assert np.std(denses[0].kernel) == pytest.approx(0.01, rel=0.3)
+    # The last batch norm only scales.
+    assert not head[-1].center
+    assert "logits" not in [layer.name for layer in network.layers]
+
+    x = images(network)
+    encoder = encoder_of(network)
+    np.testing.assert_array_equal(encoder(x), network(x)["features"])
+    np.testing.assert_array_equal(
+        encoder(x),
+        keras.Model(classifier.input, classifier.layers[-1].input)(x),
+    )
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(network(x)["logits"] ** 2)
+    gradients = tape.gradient(
+        loss, [v.value for v in network.trainable_variables]
+    )
+    reached = [
+        v.path
+        for v, g in zip(network.trainable_variables, gradients, strict=True)
+        if g is not None
+    ]
+    assert reached == ["probe/kernel", "probe/bias"]
+
+
+def test_saved_encoder_loads_without_this_project(tmp_path):
+    network = simclr_network(
+        MODELS["resnet18"]((8, 8, 3), 10, stage_blocks=(1,), width=4), 2, 16
+    )
+    encoder, x = encoder_of(network), images(network)
+    encoder.save(tmp_path / "encoder.keras")
+    np.save(tmp_path / "x.npy", x)
+    script = f"""
+import sys
+for name in ("horovod", "horovod_recipes", "keras_lars"):
+    sys.modules[name] = None
+import keras, numpy as np
+encoder = keras.saving.load_model("{tmp_path}/encoder.keras")
+np.save("{tmp_path}/y.npy", encoder(np.load("{tmp_path}/x.npy")))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "y.npy"), encoder(x), rtol=1e-5, atol=1e-6
+    )

@@ -14,6 +14,7 @@ from keras import layers
 from benchmarks.speed import allreduce_model
 from horovod_recipes.configs import demo
 from horovod_recipes.configs import resnet50
+from horovod_recipes.configs import simclr
 from horovod_recipes.errors import JobError
 from horovod_recipes.models import MODELS
 from horovod_recipes.models.flops import training_flops
@@ -386,3 +387,20 @@ def test_command_without_hardware():
     assert result.stderr.splitlines()[-1].startswith(
         "error: --hardware is missing: The hardware to plan for: p100, v100, "
     )
+
+
+def test_simclr_counts_both_views_and_the_pass_of_gradient_caching():
+    config = simclr.get_config("imagenet_4096")
+    planned = {
+        ranks: estimate.make_plan(config, ranks, "a100") for ranks in (64, 128)
+    }
+    network = estimate.planned_network(config)
+    flops = 2 * training_flops(network)
+    # 64 ranks need two micro-batches of 32 images.
+    assert planned[64]["training_flops_per_image"] == flops * 4 // 3
+    assert planned[128]["training_flops_per_image"] == flops
+    activations = 2 * 32 * estimate.activation_bytes(network)
+    for plan in planned.values():
+        assert plan["memory"]["activations"] == activations
+    # 4,096 ranks would have one image each.
+    assert "needs 2 images" in planned[64]["scaling"][-1]["note"]

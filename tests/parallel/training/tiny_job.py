@@ -53,7 +53,12 @@ def assert_refused(match, workdir, mode="new", callbacks=(), **changes):
 def run_until(workdir, epoch, **changes):
     """Runs a job that all ranks leave when the given epoch begins."""
     with pytest.raises(JobError, match="stopped by the test"):
-        run_job(workdir, callbacks=[_StopAt(epoch)], **changes)
+        run_job(workdir, callbacks=[stop_at(epoch)], **changes)
+
+
+def stop_at(epoch):
+    """Returns a callback that ends the job when the given epoch begins."""
+    return _StopAt(epoch)
 
 
 class _StopAt(keras.callbacks.Callback):
