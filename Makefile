@@ -46,7 +46,7 @@ TRAIN_DEMO := -m horovod_recipes.train --config=demo --overwrite
 ANY_BACKEND_TESTS := $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py trust_ratio_test.py)
 
-.PHONY: help demo demo-seeds test lint docs unit-tests parallel-tests \
+.PHONY: help demo demo-simclr demo-seeds test lint docs unit-tests parallel-tests \
   mpi-tests job-tests test-cluster slurm-tests torch-tests gpu-build-test \
   compat compat-oldest compat-newest bench clean always
 
@@ -58,6 +58,15 @@ help:
 demo: .venv/done $(DATA)
 	$(TWO_RANKS) $(TRAIN_DEMO) --workdir="$(WORKDIR)" $(ARGS)
 	@cat "$(WORKDIR)/summary.json"
+
+## demo-simclr     learn from the demo's digits without labels: three minutes
+# On these networks, oneDNN's convolutions take half the time.
+demo-simclr: export TF_ENABLE_ONEDNN_OPTS ?= 1
+demo-simclr: .venv/done $(DATA)
+	$(TWO_RANKS) -m horovod_recipes.train --config=simclr:digits --overwrite \
+	  --workdir=runs/simclr $(ARGS)
+	$(TWO_RANKS) -m horovod_recipes.evaluate --workdir=runs/simclr \
+	  --linear_epochs=10 --with_random_weights
 
 ## demo-seeds      train the demo with five seeds, and write docs/results
 demo-seeds: .venv/done $(DATA)

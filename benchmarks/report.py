@@ -28,6 +28,7 @@ from benchmarks.speed import norm
 from benchmarks.speed import optimizer_step
 from benchmarks.speed import overlap
 from benchmarks.speed import scaling
+from benchmarks.speed import simclr
 from benchmarks.speed import training_step
 from benchmarks.speed import xla_step
 
@@ -76,6 +77,7 @@ BENCHMARKS = (
     Benchmark(input_pipeline, "input_pipeline.json"),
     Benchmark(scaling, "scaling.json", (GLOO, MPI)),
     Benchmark(xla_step, "xla_step.json"),
+    Benchmark(simclr, "simclr_step.json", (GLOO,)),
 )
 INTRODUCTION = (
     "`make bench` writes this page. In each round of a benchmark the compared "

@@ -28,7 +28,11 @@ ARROW_HEAD = (
 # A room imports from the rows below it.
 ROOMS = (
     (("benchmarks/", "speed and accuracy"), ("examples/", "scripts to copy")),
-    (("train.py", "the job, as a command"), ("plan.py", "its time and memory")),
+    (
+        ("train.py", "the job, as a command"),
+        ("evaluate.py", "its encoder"),
+        ("plan.py", "its time and memory"),
+    ),
     (("planning/", "what a job will do"),),
     (("training/", "what a job is made of"),),
     (("configs/", "recipes"),),

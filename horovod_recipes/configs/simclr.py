@@ -5,9 +5,10 @@
 
 Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual
 Representations", arXiv 2002.05709, and https://github.com/google-research/simclr
-for CIFAR-10. On ImageNet the rate is 0.3 per 256 images, the square root has no
-advantage there above a batch of 4,096, and the weight decay is 1e-6
-(sections 2.2 and B.1).
+for CIFAR-10. On ImageNet the rate is 0.3 per 256 images, and the weight decay
+is 1e-6 (section 2.2). ResNet-50 normalizes images here, which the source does
+not. Convolutions start with He's initial weights, and stage 1 of ResNet-18 has
+no projection.
 
 | variant | network | global batch | epochs | rate | expected top-1, % |
 |---|---|---|---|---|---|
@@ -19,8 +20,8 @@ advantage there above a batch of 4,096, and the weight decay is 1e-6
 
 The expected top-1 is that of a linear classifier (`horovod_recipes.evaluate`).
 The first three have not run at full size here. The last two are for two CPU
-cores: their images are grey, so that of the colours only brightness and
-contrast change, and nothing is blurred.
+cores. Their images are grey. Only brightness and contrast change, and nothing
+is blurred.
 """
 
 from ml_collections import config_dict
@@ -51,6 +52,7 @@ def imagenet_4096():
     config = _imagenet.get_config()
     config.model = resnet50("v1.5")
     config.model.batch_norm = "synchronized"
+    config.model.zero_gamma = True
     config.dataset.augmentation = "simclr"
     config.global_batch_size = 4096
     # Each image has two views.
@@ -73,7 +75,7 @@ def imagenet_8192():
 def cifar10():
     config = _defaults.get_config()
     config.model = config_dict.create(
-        name="resnet18", batch_norm="synchronized"
+        name="resnet18", batch_norm="synchronized", zero_gamma=True
     )
     config.dataset.update(
         name="cifar10",

@@ -119,7 +119,7 @@ def simclr_small(encoded, seed, shape, is_jpeg=False):
 def simclr_digits(encoded, seed, shape, is_jpeg=False):
     """Returns a random view of a digit: a larger crop, and no flip.
 
-    A mirrored digit is none, and a small part of one fits many digits. The crop
+    A mirrored digit is not a digit, and a small part fits many digits. The crop
     covers 40 to 100 % of the area.
     """
     crop_seed, colour_seed = tf.unstack(tf.random.split(seed))
@@ -203,9 +203,11 @@ AUGMENTATIONS = {
     "random_affine": (random_affine, whole),
     "minimal": (minimal, centre_of_scaled),
     "inception": (inception, centre_square),
+    # Small images are tested whole.
+    "inception_small": (inception, whole),
     "simclr": (simclr, centre_square),
     "simclr_small": (simclr_small, whole),
     "simclr_digits": (simclr_digits, whole),
 }
-# Those whose views of one image differ enough for SimCLR.
+# Augmentations that make the views of SimCLR.
 AUGMENTATIONS_OF_VIEWS = ("simclr", "simclr_small", "simclr_digits")

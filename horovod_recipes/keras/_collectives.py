@@ -81,8 +81,17 @@ def differentiable_allgather(
     Returns:
         Tensor, concatenated along the first dimension in the order of the
         ranks.
+
+    Raises:
+        ValueError: If `tensor` is a scalar.
     """
-    return _gather(tf.convert_to_tensor(tensor), name, process_set)
+    tensor = tf.convert_to_tensor(tensor)
+    if tensor.shape.rank == 0:
+        raise ValueError(
+            "Argument `tensor` must have one dimension or more. Received: a "
+            "scalar"
+        )
+    return _gather(tensor, name, process_set)
 
 
 def _gather(tensor, name, process_set):

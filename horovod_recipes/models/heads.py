@@ -49,6 +49,8 @@ def simclr_network(
             center=not is_last,
             momentum=0.9,
             epsilon=1e-5,
+            # The loss needs embeddings in float32, whatever the precision.
+            dtype="float32" if is_last else None,
             name=f"projection{index}_bn",
         )(x)
         if not is_last:

@@ -10,10 +10,11 @@ MASKED = -1e9
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """What `contrast` returns: float32 tensors about this rank's embeddings.
+    """Float32 tensors about this rank's embeddings.
 
     Attributes:
-        loss: Scalar, the mean of NT-Xent over this rank's 2n views.
+        loss: Scalar, the mean of NT-Xent over this rank's 2n views; 0 without
+            views.
         hits: `[n]`, 1.0 where the first view's nearest second view, of all
             ranks, is its own.
         alignment: `[n]`, the squared distance of an image's two views.
@@ -32,7 +33,8 @@ def nt_xent(first, second, temperature=0.1, process_set=None):
 
     Each view has to find the other view of its image among the 2N - 1 other
     views of all ranks, by cosine similarity. The mean of this loss over the
-    ranks is the loss of the global batch, with equal n. With
+    ranks is the loss of the global batch, with equal n. The memory is that of
+    about four matrices of 2n x 2N numbers. With
     `DistributedOptimizer` or `DistributedGradientTape`, so is its gradient.
 
     Args:
@@ -68,38 +70,32 @@ def contrast(first, second, temperature=0.1, process_set=None):
         for views in (first, second)
     )
     all_first, all_second, places = _of_all_ranks(first, second, process_set)
-    is_own = tf.one_hot(places, tf.shape(all_first)[0])
-
-    def similarities(views, others):
-        return tf.matmul(views, others, transpose_b=True)
-
-    loss, uniformity = [], []
-    for views, same, other in (
-        (first, all_first, all_second),
-        (second, all_second, all_first),
-    ):
-        to_same = similarities(views, same)
-        to_other = similarities(views, other)
-        logits = tf.concat(
-            [to_other / temperature, to_same / temperature + MASKED * is_own],
-            axis=-1,
-        )
-        loss.append(
-            tf.nn.sparse_softmax_cross_entropy_with_logits(places, logits)
-        )
-        # The squared distance of unit vectors is 2 - 2 * similarity.
-        near = tf.exp(4 * tf.concat([to_same, to_other], axis=-1) - 4)
-        own = tf.reduce_sum(is_own * tf.exp(4 * to_same - 4), axis=-1)
-        count = tf.cast(2 * tf.shape(all_first)[0] - 1, tf.float32)
-        uniformity.append((tf.reduce_sum(near, axis=-1) - own) / count)
-    nearest = tf.argmax(
-        similarities(first, all_second), axis=-1, output_type=tf.int32
+    images = tf.shape(all_first)[0]
+    # Rows are this rank's views, and columns those of all ranks.
+    similarity = tf.matmul(
+        tf.concat([first, second], axis=0),
+        tf.concat([all_first, all_second], axis=0),
+        transpose_b=True,
     )
+    own = tf.concat([places, images + places], axis=0)
+    pair = tf.concat([images + places, places], axis=0)
+    logits = similarity / temperature + MASKED * tf.one_hot(own, 2 * images)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(pair, logits)
+    # What one watches has no gradient.
+    similarity = tf.stop_gradient(similarity)
+    nearest = tf.argmax(
+        similarity[: tf.size(places), images:], axis=-1, output_type=tf.int32
+    )
+    # The squared distance of unit vectors is 2 - 2 * similarity.
+    near = tf.reduce_sum(tf.exp(4 * similarity - 4), axis=-1)
     return Contrast(
-        loss=tf.reduce_mean(loss),
+        loss=tf.math.divide_no_nan(
+            tf.reduce_sum(losses), tf.cast(tf.size(losses), tf.float32)
+        ),
         hits=tf.cast(tf.equal(nearest, places), tf.float32),
-        alignment=2 - 2 * tf.reduce_sum(first * second, axis=-1),
-        uniformity=tf.concat(uniformity, axis=0),
+        alignment=2 - 2 * tf.stop_gradient(tf.reduce_sum(first * second, -1)),
+        # A view has no distance to itself.
+        uniformity=(near - 1) / tf.cast(2 * images - 1, tf.float32),
     )
 
 
@@ -109,15 +105,15 @@ def _of_all_ranks(first, second, process_set):
     import horovod_recipes.keras as hvd
 
     rows, dimensions = tf.unstack(tf.shape(first))
+    rank = tf.constant(hvd.rank(), tf.float32)
     # One collective takes all: the last column says whose row it is.
-    owner = tf.fill([rows, 1], tf.cast(hvd.rank(), tf.float32))
     everything = hvd.differentiable_allgather(
-        tf.concat([first, second, owner], axis=-1),
+        tf.concat([first, second, tf.fill([rows, 1], rank)], axis=-1),
         process_set=process_set or hvd.global_process_set,
     )
     all_first, all_second, owners = tf.split(
         everything, [dimensions, dimensions, 1], axis=-1
     )
-    is_before = tf.cast(owners[:, 0] < owner[:1, 0], tf.int32)
-    places = tf.reduce_sum(is_before) + tf.range(rows)
+    rows_before = tf.reduce_sum(tf.cast(owners < rank, tf.int32))
+    places = rows_before + tf.range(rows)
     return all_first, all_second, places

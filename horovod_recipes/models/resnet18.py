@@ -1,4 +1,4 @@
-"""ResNet-18 for small images, as SimCLR trains it on CIFAR-10."""
+"""ResNet-18 for small images, such as those of CIFAR-10."""
 
 import functools
 
@@ -14,6 +14,7 @@ def resnet18(
     batch_norm="micro_batch",
     batch_norm_momentum=0.9,
     batch_norm_epsilon=1e-5,
+    zero_gamma=False,
     stage_blocks=(2, 2, 2, 2),
     width=64,
     stem_stride=1,
@@ -34,6 +35,8 @@ def resnet18(
         batch_norm_momentum: Float, the weight of the old moving statistics in
             an update. Defaults to `0.9`.
         batch_norm_epsilon: Float, added to the variance. Defaults to `1e-5`.
+        zero_gamma: Whether the scale of each block's last batch norm starts
+            at 0. The block then starts as its shortcut. Defaults to `False`.
         stage_blocks: Tuple of integers, the number of blocks of each stage.
             Each stage after the first halves height and width. Defaults to
             `(2, 2, 2, 2)`.
@@ -68,6 +71,7 @@ def resnet18(
                 x,
                 filters=width * 2 ** (stage - 1),
                 stride=2 if stage > 1 and block == 1 else 1,
+                last_gamma="zeros" if zero_gamma else "ones",
                 convolution=convolution,
                 norm=norm,
                 name=f"stage{stage}_block{block}",
@@ -77,7 +81,7 @@ def resnet18(
     return keras.Model(inputs, logits, name="resnet18")
 
 
-def basic_block(x, filters, stride, convolution, norm, name):
+def basic_block(x, filters, stride, last_gamma, convolution, norm, name):
     """Adds two convolutions of `x` to its shortcut, and applies ReLU."""
     shortcut = x
     if x.shape[-1] != filters:
@@ -89,6 +93,6 @@ def basic_block(x, filters, stride, convolution, norm, name):
     x = norm(name=f"{name}_bn1")(x)
     x = layers.ReLU(name=f"{name}_relu1")(x)
     x = convolution(filters, 3, name=f"{name}_conv2")(x)
-    x = norm(name=f"{name}_bn2")(x)
+    x = norm(gamma_initializer=last_gamma, name=f"{name}_bn2")(x)
     x = layers.Add(name=f"{name}_add")([shortcut, x])
     return layers.ReLU(name=f"{name}_relu")(x)

@@ -33,6 +33,13 @@ from keras_lars.schedules import scale_learning_rate
 
 RATE_PER_256_IMAGES = 0.1
 MOMENTUM = 0.9
+# By the augmentation of the views: crops and flips, without distortions.
+AUGMENTATION_OF_CLASSIFIER = {
+    "simclr": "inception",
+    "simclr_small": "inception_small",
+    # A mirrored digit is not a digit.
+    "simclr_digits": "random_affine",
+}
 
 
 def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
@@ -63,20 +70,16 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
             [config.dataset.train_split, config.dataset.test_split],
         )
         check_source(config, source)
+    corrupt_images = CorruptImages(config.dataset.corrupt_images)
     with hvd.callbacks.Watchdog(config.hang_seconds) as watchdog, explained():
-        results, nearest = evaluate(
-            encoder, config, source, linear_epochs, watchdog
-        )
-        picture = neighbours.images_of(nearest, config, source)
+        inputs = config, source, corrupt_images, watchdog
+        process.set_seeds(config)
+        results, nearest = evaluate(encoder, linear_epochs, *inputs)
+        picture = neighbours.images_of(nearest, *inputs)
         if with_random_weights:
             process.set_seeds(config)
-            random, _ = evaluate(
-                random_encoder(config, source),
-                config,
-                source,
-                linear_epochs,
-                watchdog,
-            )
+            encoder = random_encoder(config, source)
+            random, _ = evaluate(encoder, linear_epochs, *inputs)
             results |= {f"random_{name}": v for name, v in random.items()}
     results = {
         "linear_epochs": linear_epochs,
@@ -112,7 +115,7 @@ def read_job(workdir):
 def load_encoder(workdir):
     """Returns the encoder that a finished run has saved."""
     path = workdir / "encoder.keras"
-    if not path.exists():
+    if not path.exists() and run_folder.read_summary(workdir) is None:
         raise JobError(
             f"no encoder in {workdir}: the run is not finished; continue it "
             "with horovod_recipes.train --resume"
@@ -134,17 +137,18 @@ def random_encoder(config, source):
     return encoder
 
 
-def evaluate(encoder, config, source, linear_epochs, watchdog):
+def evaluate(encoder, epochs, config, source, corrupt_images, watchdog):
     """Returns the top-1 in percent of both methods, and the neighbours."""
     # No gradient, and batch norm uses its moving statistics.
     encoder.trainable = False
     linear = linear_top1(
         encoder,
-        config_of_classifier(config, linear_epochs),
+        config_of_classifier(config, epochs),
         source,
+        corrupt_images,
         watchdog,
     )
-    nearest = neighbours.find(encoder, config, source, watchdog)
+    nearest = neighbours.find(encoder, config, source, corrupt_images, watchdog)
     results = {
         "linear_top1": round(100 * linear, 3),
         "knn_top1": round(100 * nearest.top1, 3),
@@ -155,19 +159,20 @@ def evaluate(encoder, config, source, linear_epochs, watchdog):
 def config_of_classifier(config, epochs):
     """Returns the config, with crops and flips but without distortions."""
     config = ConfigDict(config.to_dict())
+    config.task = "classification"
     config.epochs = epochs
     config.label_smoothing = 0.0
-    # A mirrored digit is none.
-    is_digit = config.dataset.augmentation == "simclr_digits"
-    config.dataset.augmentation = "random_affine" if is_digit else "inception"
+    config.dataset.augmentation = AUGMENTATION_OF_CLASSIFIER[
+        config.dataset.augmentation
+    ]
     return config
 
 
-def linear_top1(encoder, config, source, watchdog):
+def linear_top1(encoder, config, source, corrupt_images, watchdog):
     """Trains a linear classifier on all ranks; returns its top-1, 0 to 1."""
     with raised_on_every_rank():
         size = job_size(config, hvd.size())
-        task = Classification(config, size, source, CorruptImages("stop"))
+        task = Classification(config, size, source, corrupt_images)
     rate = scale_learning_rate(
         RATE_PER_256_IMAGES, size.global_batch_size, base_batch_size=256
     )

@@ -8,15 +8,17 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.data.pipeline import CorruptImages
 from horovod_recipes.data.pipeline import RankInput
 from horovod_recipes.data.pipeline import evaluation_batches
+from horovod_recipes.training.tasks import input_threads
 
 # Wu et al., arXiv 1805.01978, section 3.4.
 NEIGHBOURS = 200
 TEMPERATURE = 0.1
-# Images in one forward pass.
+# Images in one forward pass, and test images that are compared at once.
 BATCH_SIZE = 256
+# Training images that are compared at once, which limits the memory.
+BLOCK = 16384
 # Rows and columns of the picture.
 PICTURE_QUERIES = 8
 PICTURE_NEIGHBOURS = 8
@@ -24,7 +26,7 @@ PICTURE_NEIGHBOURS = 8
 
 @dataclasses.dataclass
 class Nearest:
-    """What `find` returns.
+    """The accuracy by nearest neighbours, and examples of neighbours.
 
     Attributes:
         top1: Float from 0 to 1, over the test images of all ranks.
@@ -39,73 +41,102 @@ class Nearest:
     places: np.ndarray
 
 
-def find(encoder, config, source, watchdog):
+def find(encoder, config, source, corrupt_images, watchdog):
     """Finds the nearest training images of each test image, exactly.
 
     Each rank has the features of its shard of the training images. All ranks
-    see one shard at a time, so a rank needs memory for two shards.
+    see one shard at a time.
 
     Args:
         encoder: A Keras model from images to features.
         config: The recipe's `ConfigDict`.
         source: From `data.sources.load_source`.
+        corrupt_images: A `data.pipeline.CorruptImages`.
         watchdog: `hvd.callbacks.Watchdog`.
 
     Returns:
         `Nearest`.
     """
-    shard, labels = features(
-        encoder, shard_of(config, source, "train"), watchdog
+    (mine, labels), (test, test_labels) = (
+        features(
+            encoder, shard_of(config, source, split, corrupt_images), watchdog
+        )
+        for split in ("train", "test")
     )
-    test, test_labels = features(
-        encoder, shard_of(config, source, "test"), watchdog
-    )
-    count = min(NEIGHBOURS, config.dataset.train_examples)
-    best = np.full((len(test), count), -np.inf, np.float32)
-    best_labels = np.zeros((len(test), count), np.int64)
-    best_places = np.zeros((len(test), count, 2), np.int64)
+    best = _Best(len(test), min(NEIGHBOURS, _sum_over_ranks(len(mine))))
     for root in range(hvd.size()):
-        others, other_labels = hvd.broadcast_object((shard, labels), root)
-        for begin in range(0, len(test), BATCH_SIZE):
-            rows = slice(begin, begin + BATCH_SIZE)
-            similarity = test[rows] @ others.T
-            index = np.arange(len(others))
-            places = np.stack([np.full_like(index, root), index], axis=-1)
-            all_similar = np.concatenate([best[rows], similarity], axis=1)
-            order = np.argsort(-all_similar, axis=1, kind="stable")[:, :count]
-            best[rows] = np.take_along_axis(all_similar, order, axis=1)
-            new = order - count
-            is_new = new >= 0
-            new = np.maximum(new, 0)
-            old = np.minimum(order, count - 1)
-            best_labels[rows] = np.where(
-                is_new,
-                other_labels[new],
-                np.take_along_axis(best_labels[rows], old, axis=1),
-            )
-            best_places[rows] = np.where(
-                is_new[..., np.newaxis],
-                places[new],
-                np.take_along_axis(
-                    best_places[rows], old[..., np.newaxis], axis=1
-                ),
-            )
-    votes = np.zeros((len(test), config.dataset.num_classes), np.float64)
-    weights = np.exp(best.astype(np.float64) / TEMPERATURE)
-    row = np.repeat(np.arange(len(test)), count)
-    np.add.at(votes, (row, best_labels.ravel()), weights.ravel())
-    right = np.sum(votes.argmax(axis=1) == test_labels)
-    total = hvd.allreduce(tf.constant(float(right), tf.float64), op=hvd.Sum)
-    batches = shard_of(config, source, "test")
-    queries = next(iter(batches))[0].numpy()[:PICTURE_QUERIES]
+        others, other_labels = hvd.broadcast_object((mine, labels), root)
+        for begin in range(0, len(others), BLOCK):
+            block = slice(begin, begin + BLOCK)
+            for row in range(0, len(test), BATCH_SIZE):
+                rows = slice(row, row + BATCH_SIZE)
+                similarity = test[rows] @ others[block].T
+                numbers = begin + np.arange(similarity.shape[1])
+                best.merge(rows, similarity, other_labels[block], root, numbers)
+                watchdog.progress()
+    classes = best.classes(config.dataset.num_classes)
+    right = _sum_over_ranks(np.sum(classes == test_labels))
+    queries = []
+    if hvd.rank() == 0:
+        batches = shard_of(config, source, "test", corrupt_images)
+        queries = next(iter(batches))[0].numpy()[:PICTURE_QUERIES]
     queries, places = hvd.broadcast_object(
-        (queries, best_places[:PICTURE_QUERIES, :PICTURE_NEIGHBOURS]), 0
+        (queries, best.places[:PICTURE_QUERIES, :PICTURE_NEIGHBOURS]), 0
     )
-    top1 = float(total) / config.dataset.test_examples
-    return Nearest(top1, queries, places)
+    return Nearest(right / _sum_over_ranks(len(test)), queries, places)
 
 
-def shard_of(config, source, split):
+class _Best:
+    """The most similar training images so far, the most similar first."""
+
+    def __init__(self, rows, count):
+        self._similarity = np.full((rows, count), -np.inf, np.float32)
+        self._labels = np.zeros((rows, count), np.int64)
+        # The rank of each image, and its number in that rank's shard.
+        self.places = np.zeros((rows, count, 2), np.int64)
+
+    def merge(self, rows, similarity, labels, rank, numbers):
+        """Takes over images of a rank that are nearer to some rows."""
+        count = self._similarity.shape[1]
+        places = np.stack([np.full_like(numbers, rank), numbers], axis=-1)
+        shape = similarity.shape
+        candidates = (
+            np.concatenate([self._similarity[rows], similarity], axis=1),
+            np.concatenate(
+                [self._labels[rows], np.broadcast_to(labels, shape)], axis=1
+            ),
+            np.concatenate(
+                [self.places[rows], np.broadcast_to(places, (*shape, 2))],
+                axis=1,
+            ),
+        )
+        kept = np.argpartition(-candidates[0], count - 1, axis=1)[:, :count]
+        order = np.argsort(
+            -np.take_along_axis(candidates[0], kept, axis=1), axis=1
+        )
+        kept = np.take_along_axis(kept, order, axis=1)
+        self._similarity[rows] = np.take_along_axis(candidates[0], kept, axis=1)
+        self._labels[rows] = np.take_along_axis(candidates[1], kept, axis=1)
+        self.places[rows] = np.take_along_axis(
+            candidates[2], kept[..., np.newaxis], axis=1
+        )
+
+    def classes(self, num_classes):
+        """Returns the class with the most votes for each row."""
+        votes = np.zeros((len(self._labels), num_classes))
+        weights = np.exp(self._similarity.astype(np.float64) / TEMPERATURE)
+        for vote, labels, weight in zip(
+            votes, self._labels, weights, strict=True
+        ):
+            vote += np.bincount(labels, weight, minlength=num_classes)
+        return votes.argmax(axis=1)
+
+
+def _sum_over_ranks(number):
+    return int(hvd.allreduce(tf.constant(number, tf.int64), op=hvd.Sum))
+
+
+def shard_of(config, source, split, corrupt_images):
     """Returns this rank's images of `"train"` or `"test"`, not augmented."""
     config = ConfigDict(config.to_dict())
     config.dataset.test_split = config.dataset[f"{split}_split"]
@@ -113,8 +144,8 @@ def shard_of(config, source, split):
         rank=hvd.rank(),
         ranks=hvd.size(),
         batch_size=BATCH_SIZE,
-        threads=config.dataset.threads or 1,
-        corrupt_images=CorruptImages("stop"),
+        threads=input_threads(config),
+        corrupt_images=corrupt_images,
     )
     return evaluation_batches(source, config.dataset, rank_input)
 
@@ -128,13 +159,13 @@ def features(encoder, batches, watchdog):
         return tf.math.l2_normalize(found, axis=-1)
 
     found = []
-    for number, (images, labels) in enumerate(batches):
-        watchdog.on_predict_batch_begin(number)
+    for images, labels in batches:
         found.append((normalized(images).numpy(), labels.numpy()))
+        watchdog.progress()
     return [np.concatenate(part) for part in zip(*found, strict=True)]
 
 
-def images_of(nearest, config, source):
+def images_of(nearest, config, source, corrupt_images, watchdog):
     """Returns the pictures of the queries and of their neighbours.
 
     Returns:
@@ -145,11 +176,13 @@ def images_of(nearest, config, source):
         for rank, number in nearest.places.reshape(-1, 2)
         if rank == hvd.rank()
     }
-    images = {}
-    batches = shard_of(config, source, "train").unbatch()
-    for number, (image, _) in enumerate(batches):
-        if number in wanted:
-            images[hvd.rank(), number] = image.numpy()
+    images, number = {}, 0
+    for batch, _ in shard_of(config, source, "train", corrupt_images):
+        for image in batch.numpy():
+            if number in wanted:
+                images[hvd.rank(), number] = image
+            number += 1
+        watchdog.progress()
         if len(images) == len(wanted):
             break
     found = {}

@@ -46,7 +46,7 @@ class Classification:
             rank=hvd.rank(),
             ranks=size.ranks,
             batch_size=size.micro_batch_size,
-            threads=_input_threads(config),
+            threads=input_threads(config),
             corrupt_images=corrupt_images,
         )
 
@@ -169,7 +169,7 @@ def find_task(config):
     return TASKS[config.task]
 
 
-def _input_threads(config):
+def input_threads(config):
     """Returns `dataset.threads`, or this rank's share of its host's cores."""
     cores = len(os.sched_getaffinity(0))
     return config.dataset.threads or max(1, cores // hvd.local_size())

@@ -106,10 +106,12 @@ def test_loss_of_all_ranks_is_the_papers(temperature):
     assert float(total) == pytest.approx(expected, rel=1e-6)
 
 
-def test_uneven_parts_give_the_losses_of_their_rows():
+@pytest.mark.parametrize("rows_of_rank_0", [0, 2, 5])
+def test_uneven_parts_give_the_losses_of_their_rows(rows_of_rank_0):
     first, second = whole(5)
-    mine = nt_xent(part(first, 2), part(second, 2), TEMPERATURE)
-    sums = hvd.allreduce(mine * of_rank(2.0, 3.0), op=hvd.Sum)
+    views = part(first, rows_of_rank_0), part(second, rows_of_rank_0)
+    mine = nt_xent(*views, TEMPERATURE)
+    sums = hvd.allreduce(mine * float(len(views[0])), op=hvd.Sum)
     expected = reference(first, second, TEMPERATURE)
     assert float(sums) / 5 == pytest.approx(expected, rel=1e-6)
 
@@ -175,6 +177,11 @@ def test_what_one_watches():
     near = np.exp(-2 * distances[~np.eye(8, dtype=bool)])
     uniformity = hvd.allreduce(tf.reduce_mean(mine.uniformity))
     assert float(uniformity) == pytest.approx(near.mean(), rel=1e-5)
+
+
+def test_scalar_is_refused():
+    with pytest.raises(ValueError, match="`tensor` must have one dimension"):
+        hvd.differentiable_allgather(1.0)
 
 
 @pytest.mark.parametrize("temperature", [0, -0.1, float("nan")])

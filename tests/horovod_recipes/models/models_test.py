@@ -457,6 +457,16 @@ def test_simclr_network(projection_layers):
     assert reached == ["probe/kernel", "probe/bias"]
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_outputs_of_simclr_are_float32_in_half_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    network = simclr_network(
+        MODELS["resnet18"]((8, 8, 3), 10, stage_blocks=(1,), width=4), 2, 16
+    )
+    outputs = network(images(network))
+    assert {x.dtype for x in outputs.values()} == {tf.float32}
+
+
 def test_saved_encoder_loads_without_this_project(tmp_path):
     network = simclr_network(
         MODELS["resnet18"]((8, 8, 3), 10, stage_blocks=(1,), width=4), 2, 16

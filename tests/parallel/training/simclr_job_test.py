@@ -1,6 +1,7 @@
 """A whole SimCLR job on two ranks: its files, its end, and its evaluation."""
 
 import json
+import time
 
 import keras
 import numpy as np
@@ -8,13 +9,18 @@ import pytest
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from horovod_recipes import evaluate
 from horovod_recipes.configs import simclr
+from horovod_recipes.data.pipeline import CorruptImages
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import neighbours
+from horovod_recipes.training import process
 from horovod_recipes.training.evaluation import config_of_classifier
 from horovod_recipes.training.evaluation import evaluate_workdir
+from horovod_recipes.training.evaluation import linear_top1
 from horovod_recipes.training.job import train_and_evaluate
+from tests.corrupt_dataset import write_corrupt_copy
 from tests.parallel.common import assert_same_on_all_ranks
 from tests.parallel.training.tiny_job import assert_same_training
 from tests.parallel.training.tiny_job import on_rank_0
@@ -91,17 +97,24 @@ def test_resumed_job_equals_an_uninterrupted_one(finished, shared_folder):
     assert_same_training(workdir, parts)
 
 
-def test_evaluation_is_exact(finished):
+def test_evaluation_is_exact(finished, capsys):
     """Its numbers are those that one process computes from all images."""
     workdir, _ = finished
-    results = evaluate_workdir(workdir, 2, with_random_weights=True)
-    assert_same_on_all_ranks([results["linear_top1"], results["knn_top1"]])
-    assert results["ranks"] == 2
+    capsys.readouterr()
+    arguments = ["--linear_epochs=2", "--with_random_weights"]
+    assert evaluate.main([f"--workdir={workdir}", *arguments]) == 0
+    hvd.allgather_object(None)
+    results = json.loads((workdir / "evaluation.json").read_text())
+    printed = capsys.readouterr().out
+    if hvd.rank() == 0:
+        assert json.loads(printed) == results
+    else:
+        assert printed == ""
+    assert (results["ranks"], results["linear_epochs"]) == (2, 2)
     check_evaluation(workdir, results)
 
 
 def check_evaluation(workdir, results):
-    assert json.loads((workdir / "evaluation.json").read_text()) == results
     assert (workdir / "neighbours.png").stat().st_size > 10_000
     # Chance is 10; so small a network hardly learns in three epochs.
     assert results["knn_top1"] > 20
@@ -131,10 +144,9 @@ def test_nearest_image_of_a_training_image_is_itself(finished):
     """The training images are those of the test split here, over ranks."""
     workdir, _ = finished
     encoder = keras.saving.load_model(workdir / "encoder.keras")
-    config, source = tiny_config(), load_source("mnist5k", None)
     with hvd.callbacks.Watchdog(600) as watchdog:
-        nearest = neighbours.find(encoder, config, source, watchdog)
-    rows = neighbours.images_of(nearest, config, source)
+        nearest = neighbours.find(encoder, *inputs(), watchdog)
+        rows = neighbours.images_of(nearest, *inputs(), watchdog)
     assert len(rows) == 8
     for query, first, *others in rows:
         np.testing.assert_array_equal(query, first)
@@ -147,10 +159,89 @@ def test_nearest_image_of_a_training_image_is_itself(finished):
 def test_classifier_has_crops_and_flips_alone():
     config = simclr.get_config("cifar10")
     changed = config_of_classifier(config, epochs=7)
-    assert (changed.dataset.augmentation, changed.epochs) == ("inception", 7)
+    assert changed.dataset.augmentation == "inception_small"
+    assert (changed.task, changed.epochs) == ("classification", 7)
     assert config.dataset.augmentation == "simclr_small"
     digits = config_of_classifier(simclr.get_config("digits"), epochs=7)
     assert digits.dataset.augmentation == "random_affine"
+
+
+def inputs():
+    """Returns config, source and corrupt images of an evaluation."""
+    source = load_source("mnist5k", None)
+    return tiny_config(), source, CorruptImages("stop")
+
+
+class Slow(keras.layers.Layer):
+    """Takes a second for a batch."""
+
+    def call(self, inputs):
+        def slow(x):
+            time.sleep(1.0)
+            return x
+
+        flat = keras.ops.reshape(keras.ops.cast(inputs, "float32"), (-1, 784))
+        outputs = tf.numpy_function(slow, [flat], tf.float32)
+        outputs.set_shape(flat.shape)
+        return outputs
+
+
+def pixels(layer):
+    """Returns an encoder whose features are the pixels."""
+    images = keras.Input((28, 28, 1), dtype="uint8")
+    return keras.Model(images, layer(images))
+
+
+def test_watchdog_sees_the_progress_of_an_evaluation():
+    """Its work takes longer than the watchdog waits, but goes on."""
+    config, source, corrupt_images = inputs()
+    batches = neighbours.shard_of(config, source, "test", corrupt_images)
+    encoder = pixels(Slow())
+    with hvd.callbacks.Watchdog(4.0) as watchdog:
+        for _ in range(3):
+            found, labels = neighbours.features(encoder, batches, watchdog)
+    assert found.shape == (500, 784)
+    assert labels.shape == (500,)
+
+
+def test_linear_classifier_learns_pixels():
+    """And the same weights come out again."""
+    config, source, corrupt_images = inputs()
+    config = config_of_classifier(config, epochs=12)
+    config.dataset.augmentation = "none"
+    scale = keras.Sequential(
+        [keras.layers.Flatten(), keras.layers.Rescaling(1 / 64)]
+    )
+    top1 = []
+    for _ in range(2):
+        process.set_seeds(config)
+        with hvd.callbacks.Watchdog(600) as watchdog:
+            top1.append(
+                linear_top1(
+                    pixels(scale), config, source, corrupt_images, watchdog
+                )
+            )
+    assert top1[0] == pytest.approx(top1[1], abs=0.002)
+    assert top1[0] > 0.8
+    assert_same_on_all_ranks([top1[0]])
+
+
+def test_corrupt_images_do_not_count_where_the_run_skips_them(
+    finished, shared_folder
+):
+    workdir, _ = finished
+    on_rank_0(write_corrupt_copy, shared_folder / "data", "test", [3, 700])
+    config, _, _ = inputs()
+    config.dataset.data_dir = str(shared_folder / "data")
+    source = load_source("mnist5k", config.dataset.data_dir)
+    encoder = keras.saving.load_model(workdir / "encoder.keras")
+    skipped = CorruptImages("skip")
+    with hvd.callbacks.Watchdog(600) as watchdog:
+        nearest = neighbours.find(encoder, config, source, skipped, watchdog)
+    names = set().union(*hvd.allgather_object(skipped.names))
+    assert len(names) == 2
+    # The share is that of the 998 images that can be decoded.
+    assert nearest.top1 * 998 == pytest.approx(round(nearest.top1 * 998))
 
 
 def assert_evaluation_refused(match, workdir):
@@ -173,5 +264,7 @@ def test_workdir_without_an_encoder(finished, finished_job, shared_folder):
 
     on_rank_0(copy_config)
     assert_evaluation_refused("no encoder in .* not finished", copy)
+    on_rank_0(lambda: (copy / "summary.json").write_text("{}"))
+    assert_evaluation_refused("restore it, or train again", copy)
     on_rank_0(lambda: (copy / "encoder.keras").write_bytes(b"cut"))
     assert_evaluation_refused("cannot load .*encoder.keras", copy)
