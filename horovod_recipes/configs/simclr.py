@@ -104,6 +104,8 @@ def fashion_mnist():
         stem_stride=2,
         # On CPUs, synchronizing doubles the time of a step.
         batch_norm="micro_batch",
+        # Blocks that start as their shortcut learn too slowly here.
+        zero_gamma=False,
     )
     config.dataset.update(name="fashion_mnist", train_examples=60_000)
     config.global_batch_size = 1024
