@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import pathlib
+import warnings
 
 import keras
 import numpy as np
@@ -173,13 +174,31 @@ def _start_table(path, header, step):
 
 
 def _read_table(path):
-    """Returns the header and the rows as strings; `[]` if there are none."""
+    """Returns the header and the rows as strings; `[]` if there are none.
+
+    A damaged table must not end training: it is kept under another name.
+    """
     if not path.exists():
         return [], []
-    with path.open(newline="") as file:
-        # A job that was killed may leave half a line at the end.
-        lines = list(csv.reader(line for line in file if line.endswith("\n")))
-    return (lines[0], lines[1:]) if lines else ([], [])
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            # A job that was killed may leave half a line at the end.
+            whole = (line for line in file if line.endswith("\n"))
+            header, *rows = list(csv.reader(whole)) or [[]]
+        for row in rows:
+            if len(row) != len(header):
+                raise ValueError("a row is cut")
+            int(row[0])
+            for ratio in row[1:]:
+                float(ratio)
+    except (ValueError, csv.Error) as error:
+        copy = path.with_suffix(".damaged.csv")
+        path.replace(copy)
+        warnings.warn(
+            f"{path} is damaged ({error}); it is kept as {copy}", stacklevel=2
+        )
+        return [], []
+    return header, rows
 
 
 def _events_function(events, paths):

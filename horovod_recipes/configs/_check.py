@@ -1,5 +1,7 @@
 """Checks of a config, made before anything starts."""
 
+import difflib
+
 from horovod_recipes.data.augmentations import AUGMENTATIONS
 from horovod_recipes.data.augmentations import AUGMENTATIONS_OF_VIEWS
 from horovod_recipes.errors import JobError
@@ -54,10 +56,38 @@ KEYS = COUNTS + (
 )
 
 
+# Integers besides `COUNTS`.
+INTEGERS = ("seed", "keep_best_checkpoints")
+# Integers and numbers that may be None.
+OPTIONAL_INTEGERS = ("dataset.image_size", "dataset.threads")
+OPTIONAL_NUMBERS = ("target_top1", "expected_top1")
+NUMBERS = (
+    "label_smoothing",
+    "schedule.peak_learning_rate",
+    "schedule.warmup_epochs",
+    "schedule.power",
+)
+SWITCHES = ("dataset.cache", "xla", "deterministic", "stop_at_target")
+TEXTS = (
+    "task",
+    "model.name",
+    "dataset.name",
+    "dataset.train_split",
+    "dataset.test_split",
+    "optimizer_name",
+)
+# Parts of a config whose keys are the arguments of a function.
+ARGUMENTS = ("model", "optimizer", "schedule", "simclr")
+# A job of more epochs has a mistake in its config.
+MOST_EPOCHS = 1_000_000
+
+
 def check_config(config):
     """Raises `JobError` if a key is missing or a value is not valid."""
     for key in KEYS:
         _value(config, key)
+    _check_keys(config)
+    _check_types(config)
     _check_numbers(config)
     _check_choices(config)
     _check_combinations(config)
@@ -65,7 +95,39 @@ def check_config(config):
         _check_simclr(config)
 
 
+def _check_keys(config):
+    """Raises `JobError` for a key that no job reads: it may be misspelt."""
+    known = {*KEYS, *(key.partition(".")[0] for key in KEYS), *ARGUMENTS}
+    for key in (*config, *(f"dataset.{key}" for key in config.dataset)):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise JobError(f"the config has an unknown key {key}{hint}")
+
+
+def _check_types(config):
+    number = int, float
+    for keys, types, what in (
+        ((*COUNTS, *INTEGERS), int, "an integer"),
+        (OPTIONAL_INTEGERS, (int, type(None)), "an integer, or None"),
+        (NUMBERS, number, "a number"),
+        (OPTIONAL_NUMBERS, (*number, type(None)), "a number, or None"),
+        (SWITCHES, bool, "True or False"),
+        (TEXTS, str, "a text"),
+    ):
+        for key in keys:
+            value = _value(config, key)
+            # In Python, True is an integer.
+            is_switch = isinstance(value, bool) and types is not bool
+            if is_switch or not isinstance(value, types):
+                raise JobError(f"{key} must be {what}, but is {value!r}")
+
+
 def _check_numbers(config):
+    if config.epochs > MOST_EPOCHS:
+        raise JobError(
+            f"epochs must be at most {MOST_EPOCHS:,}, but is {config.epochs}"
+        )
     for key in COUNTS:
         if _value(config, key) < 1:
             raise JobError(

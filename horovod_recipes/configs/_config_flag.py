@@ -40,9 +40,11 @@ def parse(flag_values, argv):
     names = [a.removeprefix("--config=") for a in argv if "--config=" in a]
     if not names:
         raise JobError(f"--config is missing: {CONFIG_CHOICES}")
+    if len(names) > 1:
+        raise JobError(f"--config is there {len(names)} times; give one")
     # ml_collections looks in `sys.argv` for the changes that follow --config.
-    argv.remove(f"--config={names[-1]}")
-    argv.insert(1, config_flag(names[-1]))
+    argv.remove(f"--config={names[0]}")
+    argv.insert(1, config_flag(names[0]))
     sys.argv = argv
     try:
         rest = flag_values(argv)[1:]
@@ -50,19 +52,25 @@ def parse(flag_values, argv):
         # ml_collections wraps a KeyError. `str` of that would add quotes.
         cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else cause
-        raise JobError(f"unknown key of the config: {one_line(text)}") from None
+        raise JobError(
+            f"unknown key of the config: {one_line(text)}; a config file of "
+            "your own can add arguments to optimizer, schedule and model"
+        ) from None
     except flags.Error as error:
-        raise JobError(root_cause(error)) from None
+        text = root_cause(error)
+        if "get_config() takes 0 positional arguments" in text:
+            text = f"--config={names[0]}: this config has no variants"
+        raise JobError(text) from None
     except JobError as error:
-        raise JobError(f"--config={names[-1]}: {error}") from None
+        raise JobError(f"--config={names[0]}: {error}") from None
     except Exception as error:  # A config file can raise any error.
         raise JobError(
-            f"cannot load --config={names[-1]}: {type(error).__name__}: "
+            f"cannot load --config={names[0]}: {type(error).__name__}: "
             f"{root_cause(error)}"
         ) from None
     if rest:
         raise JobError(f"unknown argument {rest[0]!r}")
-    return names[-1]
+    return names[0]
 
 
 def config_flag(name):
@@ -70,5 +78,8 @@ def config_flag(name):
     stem, colon, variant = name.partition(":")
     for path in (CONFIGS / f"{stem}.py", pathlib.Path(stem)):
         if path.is_file():
+            # ml_collections would take that of a config it has loaded before.
+            if "get_config" not in path.read_text(errors="replace"):
+                raise JobError(f"{path} has no function get_config")
             return f"--config={path}{colon}{variant}"
     raise JobError(f"unknown config {stem!r}: {CONFIG_CHOICES}")

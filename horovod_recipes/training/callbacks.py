@@ -357,8 +357,8 @@ class StopOnNonFinite(keras.callbacks.Callback):
             if not math.isfinite(value):
                 raise JobError(
                     f"{name} is {value} after epoch {epoch + 1}, although the "
-                    "weights are finite; look for invalid examples, or for a "
-                    "loss scale that skips every step"
+                    "weights are finite; lower the learning rate, or look for "
+                    "invalid examples and a loss scale that skips every step"
                 )
 
 

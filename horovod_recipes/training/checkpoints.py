@@ -7,6 +7,7 @@ without Horovod. A JSON file beside it holds what the job had measured.
 import contextlib
 import json
 import re
+import sys
 
 import keras
 
@@ -16,36 +17,45 @@ from keras_lars._files import written_atomically
 
 
 def saved_steps(workdir):
-    """Returns `{updates done: path}` of the run's checkpoints."""
+    """Returns `{updates done: path}` of the run's checkpoints.
+
+    Files of other names, such as a copy, are no checkpoints.
+    """
+    return _steps_in(workdir / "checkpoints", r"step-(\d+)\.keras")
+
+
+def _steps_in(folder, pattern):
+    """Returns `{step: path}` of the files whose whole names match."""
     steps = {}
-    for path in (workdir / "checkpoints").glob("step-*.keras"):
-        steps[int(re.fullmatch(r"step-(\d+)\.keras", path.name)[1])] = path
+    for path in folder.glob("*.keras"):
+        if match := re.fullmatch(pattern, path.name):
+            steps[int(match[1])] = path
     return steps
+
+
+def _best_in(folder):
+    """Returns `{updates done: path}` of the best models."""
+    return _steps_in(folder, r"top1-\d{3}\.\d{3}-step-(\d+)\.keras")
 
 
 def restore_latest(workdir, model):
     """Loads the newest checkpoint into a compiled model.
+
+    If the newest is broken, it warns and loads the one before.
 
     Returns:
         The number of updates done, and the `measured` of `save`. Without a
         checkpoint these are `(0, {})`.
 
     Raises:
-        JobError: If the checkpoint is broken, or if its model or optimizer
-            differs.
+        JobError: If all checkpoints are broken, or if the model or optimizer
+            of the one that was loaded differs.
     """
     paths = saved_steps(workdir)
     if not paths:
         return 0, {}
-    path = paths[max(paths)]
-    try:
-        saved = keras.saving.load_model(path)
-        measured = json.loads(path.with_suffix(".json").read_text())
-    except Exception as error:
-        raise JobError(
-            f"cannot load {path} ({one_line(error)}); delete it to resume "
-            "from the previous checkpoint"
-        ) from error
+    steps_done, saved, measured = _load_newest(paths)
+    path = paths[steps_done]
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
     for kind, ours, theirs in (
@@ -64,10 +74,45 @@ def restore_latest(workdir, model):
     ):
         variable.assign(value)
     # The job will repeat the later steps and save these files again.
-    for best in (workdir / "best").glob("top1-*-step-*.keras"):
-        if int(best.stem.rpartition("-")[2]) > max(paths):
+    for step, best in _best_in(workdir / "best").items():
+        if step > steps_done:
             best.unlink()
-    return max(paths), measured
+    return steps_done, measured
+
+
+def _load_newest(paths):
+    """Returns the step, the model and the measurements of the newest whole one.
+
+    Args:
+        paths: Dict, `{updates done: path}`.
+    """
+    problem = None
+    for step in sorted(paths, reverse=True):
+        path = paths[step]
+        if problem:
+            print(f"warning: {problem}; resuming from {path}", file=sys.stderr)
+        try:
+            model = keras.saving.load_model(path)
+            path = path.with_suffix(".json")
+            return step, model, _read_measured(path)
+        except Exception as error:  # A broken file can raise any error.
+            problem = f"cannot load {path} ({one_line(error)})"
+    raise JobError(
+        f"{problem}; no checkpoint is whole: restore one from a copy, or train "
+        "again with --overwrite"
+    )
+
+
+def _read_measured(path):
+    measured = json.loads(path.read_text())
+    numbers = ("seconds", "seconds_to_target", "epochs_to_target")
+    if not isinstance(measured, dict) or any(
+        not isinstance(measured[name], int | float)
+        for name in numbers
+        if name in measured
+    ):
+        raise ValueError("it does not have what a job measures")
+    return measured
 
 
 def _description(model_or_optimizer):
@@ -129,7 +174,8 @@ def save_if_best(workdir, model, steps_done, top1, keep):
     folder = workdir / "best"
     path = folder / f"top1-{top1:07.3f}-step-{steps_done:08d}.keras"
     # The names sort by top-1. Among equal values, the later step wins.
-    best = sorted([*folder.glob("top1-*.keras"), path], reverse=True)[:keep]
+    others = set(_best_in(folder).values()) - {path}
+    best = sorted([*others, path], reverse=True)[:keep]
     if path not in best:
         return
     with _cannot_write(path):
@@ -137,7 +183,7 @@ def save_if_best(workdir, model, steps_done, top1, keep):
         _delete_halves(folder)
         with written_atomically(path) as part:
             model.save(part)
-    for old in set(folder.glob("top1-*.keras")) - set(best):
+    for old in others - set(best):
         old.unlink()
 
 

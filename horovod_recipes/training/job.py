@@ -62,11 +62,15 @@ def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
         check_config(config)
     with hvd.callbacks.Watchdog(config.hang_seconds) as watchdog:
         job = prepare(config, config_name, pathlib.Path(workdir))
-        finished = restore(job, mode)
-        if finished is not None:
-            return finished
-        top1, epochs, skipped = run(job, watchdog, callbacks)
-        return summarise(job, top1, epochs, skipped)
+        try:
+            finished = restore(job, mode)
+            if finished is not None:
+                return finished
+            top1, epochs, skipped = run(job, watchdog, callbacks)
+            return summarise(job, top1, epochs, skipped)
+        finally:
+            if job.lock:
+                job.lock.release()
 
 
 @dataclasses.dataclass
@@ -82,6 +86,8 @@ class Job:
     task: Classification
     corrupt_images: CorruptImages
     throughput: job_callbacks.Throughput
+    # On rank 0.
+    lock: run_folder.Lock = None
     target: job_callbacks.TargetTop1 = None
     mlperf_log: logs.MLPerfLog = None
     checkpoint_seconds: float = 0.0
@@ -156,7 +162,7 @@ def restore(job, mode):
     summary = None
     with raised_on_every_rank():
         if hvd.rank() == 0:
-            run_folder.prepare_workdir(job.workdir, job.config, mode)
+            job.lock = run_folder.prepare_workdir(job.workdir, job.config, mode)
             if mode == "resume":
                 summary = run_folder.read_summary(job.workdir)
             if mode == "resume" and summary is None:

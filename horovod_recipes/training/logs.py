@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import sys
 
 import keras
 import matplotlib.figure
@@ -9,6 +10,7 @@ import numpy as np
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
+from horovod_recipes.errors import one_line
 from keras_lars._files import written_atomically
 
 
@@ -44,23 +46,21 @@ class MetricsTable(keras.callbacks.Callback):
             "train": task.training_metrics,
             "test": task.evaluation_metrics,
         }
+        self._rows = _read_table(self._path, self._columns())
 
     def on_epoch_end(self, epoch, logs=None):
-        rows = _read_table(self._path)
-        rows = [row for row in rows if int(row["epoch"]) <= epoch]
-        rows.append(self._row(epoch + 1, logs))
+        rows = [row for row in self._rows if int(row["epoch"]) <= epoch]
+        self._rows = [*rows, self._row(epoch + 1, logs)]
         with written_atomically(self._path) as part:
             with part.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self._columns())
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(self._rows)
 
     def on_train_end(self, logs=None):
         picture = self._path.with_suffix(".png")
         with written_atomically(picture) as part:
-            _plot_table(
-                _read_table(self._path), self._schedule, self._metrics, part
-            )
+            _plot_table(self._rows, self._schedule, self._metrics, part)
 
     def _columns(self):
         metrics = [
@@ -101,12 +101,45 @@ def _is_accuracy(name):
     return name.endswith("top1")
 
 
-def _read_table(path):
-    """Returns the rows of a metrics.csv. Values that are missing are ""."""
+def _read_table(path, columns):
+    """Returns the rows of a metrics.csv. Values that are missing are "".
+
+    A damaged table must not end the job: it is kept under another name, and its
+    rows before the damage are returned.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            if reader.fieldnames != columns:
+                raise ValueError("it has other columns")
+            for row in reader:
+                _check_row(row, columns)
+                rows.append(row)
+    except (ValueError, csv.Error) as error:
+        copy = path.with_suffix(".damaged.csv")
+        path.replace(copy)
+        print(
+            f"warning: {path} is damaged ({one_line(error)}); it is kept as "
+            f"{copy}, and the job goes on with its first {len(rows)} rows",
+            file=sys.stderr,
+        )
+    return rows
+
+
+def _check_row(row, columns):
+    """Raises `ValueError` unless a row has a number in each column, or ""."""
+    if list(row) != columns:
+        raise ValueError("a row has too many values")
+    for name, value in row.items():
+        if value is None:
+            raise ValueError("a row is cut")
+        if name in ("epoch", "step"):
+            int(value)
+        elif value:
+            float(value)
 
 
 def _plot_table(rows, schedule, metrics, path):
@@ -121,7 +154,7 @@ def _plot_table(rows, schedule, metrics, path):
             points = [
                 (int(row["step"]), float(row[_column(split, name)]))
                 for row in rows
-                if row.get(_column(split, name))
+                if row.get(_column(split, name)) not in ("", None)
             ]
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=split)

@@ -1,7 +1,10 @@
-"""The work folder of a run: its config, its summary, and who may delete it."""
+"""The work folder of a run: its config, its summary, and who may use it."""
 
+import fcntl
 import json
+import os
 import shutil
+import socket
 
 from horovod_recipes.errors import JobError
 from keras_lars._files import written_atomically
@@ -15,12 +18,14 @@ RUN_FILES = (
     "evaluation.json",
     "neighbours.png",
     "metrics.csv",
+    "metrics.damaged.csv",
     "metrics.png",
     "mlperf.log",
     "summary.json",
     "tensorboard",
     "trust_ratios",
 )
+LOCK_FILE = "lock"
 # Keys that may change when a run resumes.
 # max_micro_batch_size also changes batch norm's statistics and dropout.
 FREE_KEYS = {
@@ -43,30 +48,87 @@ FREE_KEYS = {
 }
 
 
+class Lock:
+    """Keeps other jobs out of a work folder, until `release` or a kill.
+
+    Args:
+        workdir: `pathlib.Path`, a folder that exists.
+
+    Raises:
+        JobError: If another job has it.
+    """
+
+    def __init__(self, workdir):
+        self._path = workdir / LOCK_FILE
+        self._file = self._path.open("a+")
+        try:
+            # The kernel gives it back when the process ends.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip()
+            self._file.close()
+            raise JobError(
+                f"another job uses {workdir}: {owner}; wait until it has "
+                "ended, or choose another --workdir"
+            ) from None
+        except OSError:
+            pass  # Some network file systems have no locks.
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self):
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+
+
 def prepare_workdir(workdir, config, mode):
     """Makes the folder ready for a run. Only rank 0 calls this.
 
+    Returns:
+        The `Lock` of the folder.
+
     Raises:
-        JobError: If the folder is not writable, or if its contents do not match
-            `mode` and `config`.
+        JobError: If the folder is not writable, if another job uses it, or if
+            its contents do not match `mode` and `config`.
     """
+    lock = None
     try:
-        saved_config = read_config(workdir)
-        if mode == "resume":
-            check_same_config(saved_config, config, workdir)
-            if read_summary(workdir) is not None:
-                return
-        elif workdir.exists() and any(workdir.iterdir()):
-            check_overwritable(saved_config, workdir, mode)
-            delete_run(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        with written_atomically(workdir / "config.json") as part:
-            part.write_text(config.to_json(indent=2))
+        if workdir.is_dir() and os.access(workdir, os.W_OK):
+            lock = Lock(workdir)
+        _make_ready(workdir, config, mode)
+        return lock or Lock(workdir)
     except OSError as error:
+        _release(lock)
         raise JobError(
             f"cannot write to --workdir={workdir}: {error.strerror}; choose a "
             "writable folder"
         ) from None
+    except JobError:
+        _release(lock)
+        raise
+
+
+def _release(lock):
+    if lock:
+        lock.release()
+
+
+def _make_ready(workdir, config, mode):
+    saved_config = read_config(workdir)
+    if mode == "resume":
+        check_same_config(saved_config, config, workdir)
+        if read_summary(workdir) is not None:
+            return
+    elif workdir.exists() and any(
+        path.name != LOCK_FILE for path in workdir.iterdir()
+    ):
+        check_overwritable(saved_config, workdir, mode)
+        delete_run(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with written_atomically(workdir / "config.json") as part:
+        part.write_text(config.to_json(indent=2))
 
 
 def read_config(workdir):
@@ -74,7 +136,9 @@ def read_config(workdir):
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except FileNotFoundError:
+        return None
+    except ValueError:  # Neither UTF-8 nor JSON.
         return None
     is_ours = isinstance(config, dict) and "global_batch_size" in config
     return config if is_ours else None
@@ -135,9 +199,24 @@ def _flatten(values, prefix=""):
 
 
 def read_summary(workdir):
-    """Returns the summary of a finished run, or None for any other."""
+    """Returns the summary of a finished run, or None for any other.
+
+    Raises:
+        JobError: If the file is damaged.
+    """
     path = workdir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError:  # Neither UTF-8 nor JSON.
+        summary = None
+    if not isinstance(summary, dict) or "top1" not in summary:
+        raise JobError(
+            f"{path} is not the summary of a run; delete it, and --resume "
+            "writes it again"
+        )
+    return summary
 
 
 def write_summary(workdir, summary):

@@ -36,7 +36,17 @@ TINY = (
         ),
         (
             ["--config.epoch=3", "--config=demo"],
-            r"""config: 'epoch' Did you mean "epochs" instead of "epoch"\?$""",
+            r"""config: 'epoch' Did you mean "epochs" instead of "epoch"\?""",
+        ),
+        (
+            ["--config=demo", "--config.optimizer.nesterov=True"],
+            "a config file of your own can add arguments to optimizer",
+        ),
+        (["--config=demo", "--config=resnet50"], "--config is there 2 times"),
+        (["--config=demo:small"], "demo:small: this config has no variants"),
+        (
+            ["--config=horovod_recipes/errors.py"],
+            "horovod_recipes/errors.py has no function get_config",
         ),
         (["--config=demo", "--config.epochs=few"], "invalid literal .*'few'"),
         (["--config=demo", "--bogus"], "Unknown command line flag 'bogus'"),
@@ -47,7 +57,10 @@ TINY = (
         ),
         (["--config=demo", "--workdir="], "--workdir is missing"),
     ],
-    ids=["config", "key", "value", "flag", "modes", "none", "workdir"],
+    ids=[
+        *("config", "key", "argument", "twice", "variant", "file"),
+        *("value", "flag", "modes", "none", "workdir"),
+    ],
 )
 # ml_collections loads config files in a deprecated way.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from horovod_recipes.configs import demo
 from horovod_recipes.configs import simclr
 from horovod_recipes.configs._check import check_config
 from horovod_recipes.errors import JobError
@@ -349,3 +350,40 @@ def test_simclr_needs_two_images_in_a_micro_batch():
 def test_unknown_variant_of_simclr():
     with pytest.raises(JobError, match="the variants are: imagenet_4096"):
         simclr.get_config("imagenet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (
+            {"labelsmoothing": 0.1},
+            "key labelsmoothing; did you mean label",
+        ),
+        ({"dataset": {"chache": True}}, "key dataset.chache; did you mean da"),
+        ({"epochs": None}, "epochs must be an integer, but is None"),
+        ({"epochs": "30"}, "epochs must be an integer, but is '30'"),
+        ({"epochs": 1.5}, "epochs must be an integer, but is 1.5"),
+        ({"global_batch_size": [256]}, "global_batch_size must be an integer"),
+        ({"max_micro_batch_size": True}, "must be an integer, but is True"),
+        ({"epochs": 10**11}, "epochs must be at most 1,000,000, but is"),
+        ({"label_smoothing": "0.1"}, "label_smoothing must be a number"),
+        ({"schedule": {"warmup_epochs": None}}, "warmup_epochs must be a num"),
+        ({"target_top1": "75.9"}, "target_top1 must be a number, or None"),
+        ({"dataset": {"image_size": 3.5}}, "image_size must be an integer, or"),
+        ({"xla": 1}, "xla must be True or False, but is 1"),
+        ({"dataset": {"name": 5}}, "dataset.name must be a text, but is 5"),
+    ],
+    ids=str,
+)
+def test_key_or_type_that_no_job_can_read(changes, match):
+    """As a config file of one's own may have it."""
+    config = demo.get_config()
+    for key, value in changes.items():
+        part, values = config, {key: value}
+        if isinstance(value, dict):
+            part, values = config[key], value
+        with part.ignore_type(), part.unlocked():
+            for name, changed in values.items():
+                part[name] = changed
+    with pytest.raises(JobError, match=match):
+        check_config(config)

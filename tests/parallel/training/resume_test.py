@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.errors import JobError
 from horovod_recipes.models.small_cnn import small_cnn
 from horovod_recipes.training.callbacks import StoppedBySigterm
 from keras_lars import LARS
@@ -204,12 +205,36 @@ def test_resume_with_other_keys_that_change_no_result(interrupted_copy):
 
 
 def test_resume_from_a_broken_checkpoint(interrupted_copy):
+    """Of its two checkpoints, the newest is broken, or both are."""
     on_rank_0(checkpoint(interrupted_copy, step=6).write_bytes, b"")
+    on_rank_0(checkpoint(interrupted_copy, step=3).write_bytes, b"")
     assert_refused(
-        "cannot load .*step-00000006.keras .*delete it",
+        "cannot load .*step-00000003.keras .*no checkpoint is whole",
         interrupted_copy,
         "resume",
     )
+
+
+def test_second_job_in_a_workdir_in_use(shared_folder):
+    """It gets one line on every rank, and the first ends as if undisturbed."""
+    workdir, messages = shared_folder / "run", []
+
+    class Second(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                for mode in ("new", "resume", "overwrite"):
+                    with pytest.raises(JobError) as error:
+                        run_job(workdir, mode=mode)
+                    messages.append(str(error.value))
+
+    summary = run_job(workdir, callbacks=[Second()])
+    assert summary["steps"] == 9
+    assert len(messages) == 3
+    for message in messages:
+        assert "another job uses" in message
+        assert "choose another --workdir" in message
+    assert hvd.allgather_object(messages) == [messages, messages]
+    assert not (workdir / "lock").exists()
 
 
 def test_resume_from_another_optimizer(interrupted_copy):

@@ -264,7 +264,7 @@ def test_workdir_without_an_encoder(finished, finished_job, shared_folder):
 
     on_rank_0(copy_config)
     assert_evaluation_refused("no encoder in .* not finished", copy)
-    on_rank_0(lambda: (copy / "summary.json").write_text("{}"))
+    on_rank_0(lambda: (copy / "summary.json").write_text('{"top1": 9}'))
     assert_evaluation_refused("restore it, or train again", copy)
     on_rank_0(lambda: (copy / "encoder.keras").write_bytes(b"cut"))
     assert_evaluation_refused("cannot load .*encoder.keras", copy)

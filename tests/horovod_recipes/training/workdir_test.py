@@ -1,0 +1,192 @@
+"""Files of a work folder that others have changed, and folders in use."""
+
+import json
+import signal
+import subprocess
+import sys
+import types
+
+import keras
+import pytest
+
+from horovod_recipes.configs import demo
+from horovod_recipes.errors import JobError
+from horovod_recipes.training import checkpoints
+from horovod_recipes.training import logs
+from horovod_recipes.training import workdir as run_folder
+from horovod_recipes.training.tasks import Classification
+from keras_lars import LARS
+
+HOLDER = """
+import pathlib, sys, time
+from horovod_recipes.training.workdir import Lock
+lock = Lock(pathlib.Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(100)
+"""
+GARBAGE = (b"", b"[]", b"{", b"null", b"\xff\xfe\x00", b'"text"', b"{}")
+
+
+@pytest.fixture
+def model():
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="dense")(inputs))
+    model.compile(LARS(0.1), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def test_folder_in_use_is_refused_until_its_job_is_killed(tmp_path):
+    run_folder.prepare_workdir(tmp_path, demo.get_config(), "new").release()
+    before = (tmp_path / "config.json").read_text()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        for mode in ("new", "resume", "overwrite"):
+            with pytest.raises(JobError) as error:
+                run_folder.prepare_workdir(tmp_path, demo.get_config(), mode)
+            assert f"process {holder.pid} on " in str(error.value)
+            assert "choose another --workdir" in str(error.value)
+        assert (tmp_path / "config.json").read_text() == before
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(timeout=30)
+        holder.stdout.close()
+    lock = run_folder.prepare_workdir(tmp_path, demo.get_config(), "resume")
+    lock.release()
+    assert not (tmp_path / run_folder.LOCK_FILE).exists()
+
+
+def test_refused_folder_is_not_locked(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(JobError, match="do not belong to a run"):
+        run_folder.prepare_workdir(tmp_path, demo.get_config(), "overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("content", GARBAGE)
+def test_damaged_summary_is_named(tmp_path, content):
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(JobError, match=r"summary\.json is not .* delete it"):
+        run_folder.read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("content", GARBAGE)
+def test_damaged_config_is_no_run(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(JobError, match=r"it has no config\.json of a run"):
+        run_folder.prepare_workdir(tmp_path, demo.get_config(), "resume")
+
+
+def test_foreign_files_beside_checkpoints(tmp_path, model):
+    """They are neither loaded, nor counted, nor deleted."""
+    checkpoints.save(tmp_path, model, 5, {"seconds": 1.0}, keep=1)
+    checkpoints.save_if_best(tmp_path, model, 5, 90.0, keep=1)
+    foreign = [
+        tmp_path / "checkpoints" / "step-keep.keras",
+        tmp_path / "checkpoints" / "copy of step-00000009.keras",
+        tmp_path / "best" / "top1-mine-step-9.keras",
+        tmp_path / "best" / "backup.keras",
+    ]
+    for path in foreign:
+        path.write_bytes(b"mine")
+    checkpoints.save(tmp_path, model, 6, {"seconds": 2.0}, keep=1)
+    checkpoints.save_if_best(tmp_path, model, 6, 95.0, keep=1)
+    assert list(checkpoints.saved_steps(tmp_path)) == [6]
+    assert checkpoints.restore_latest(tmp_path, model) == (6, {"seconds": 2.0})
+    assert all(path.read_bytes() == b"mine" for path in foreign)
+    best = [p.name for p in (tmp_path / "best").glob("top1-0*")]
+    assert best == ["top1-095.000-step-00000006.keras"]
+
+
+@pytest.mark.parametrize("damaged", ["keras", "json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"seconds": null}', b"{"])
+def test_broken_newest_checkpoint_falls_back(
+    tmp_path, model, capsys, damaged, content
+):
+    checkpoints.save(tmp_path, model, 5, {"seconds": 1.0}, keep=2)
+    checkpoints.save(tmp_path, model, 6, {"seconds": 2.0}, keep=2)
+    newest = checkpoints.saved_steps(tmp_path)[6].with_suffix(f".{damaged}")
+    newest.write_bytes(content)
+    assert checkpoints.restore_latest(tmp_path, model) == (5, {"seconds": 1.0})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: cannot load {newest} (")
+    assert line.endswith(
+        "resuming from " + str(checkpoints.saved_steps(tmp_path)[5])
+    )
+    older = checkpoints.saved_steps(tmp_path)[5]
+    older.write_bytes(b"")
+    with pytest.raises(
+        JobError, match=f"{older.name} .*no checkpoint is whole"
+    ):
+        checkpoints.restore_latest(tmp_path, model)
+
+
+def table(folder):
+    return logs.MetricsTable(
+        folder,
+        steps_per_epoch=3,
+        schedule=lambda step: 0.1,
+        throughput=types.SimpleNamespace(images_per_second=lambda: None),
+        task=Classification,
+    )
+
+
+def end_epochs(metrics, first, last):
+    for epoch in range(first, last):
+        metrics.on_epoch_end(epoch, {"loss": 1.5, "top1": 0.5})
+
+
+def epochs_in(path):
+    lines = path.read_text().splitlines()
+    return [line.split(",")[0] for line in lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (lambda text: text[: text.rindex(",")], 3),
+        (lambda text: text.replace("\n3,9,", "\nthree,9,"), 2),
+        (lambda text: text.replace("\n2,6,0.1", "\n2,6,0.1,0.1"), 1),
+        (lambda text: text.replace("train_loss", "loss"), 0),
+        (lambda text: "\xff\xff" + text, 0),
+        (lambda text: "", 0),
+    ],
+    ids=["cut", "text", "long", "columns", "bytes", "empty"],
+)
+def test_damaged_table_is_kept_and_training_goes_on(
+    tmp_path, capsys, damage, kept
+):
+    end_epochs(table(tmp_path), 0, 4)
+    path = tmp_path / "metrics.csv"
+    assert epochs_in(path) == ["1", "2", "3", "4"]
+    path.write_text(damage(path.read_text()), encoding="latin-1")
+    damaged = path.read_bytes()
+    metrics = table(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path} is damaged (")
+    assert f"its first {kept} rows" in line
+    assert (tmp_path / "metrics.damaged.csv").read_bytes() == damaged
+    end_epochs(metrics, 4, 6)
+    assert epochs_in(path) == [str(n + 1) for n in range(kept)] + ["5", "6"]
+
+
+def test_whole_table_goes_on_without_a_word(tmp_path, capsys):
+    end_epochs(table(tmp_path), 0, 4)
+    # A job that resumes after two epochs writes the third and fourth again.
+    end_epochs(table(tmp_path), 2, 5)
+    assert epochs_in(tmp_path / "metrics.csv") == ["1", "2", "3", "4", "5"]
+    assert capsys.readouterr().err == ""
+
+
+def test_measurements_of_a_checkpoint_come_back(tmp_path, model):
+    measured = {"seconds": 3.5, "metric_sums": [1.0, 2.0]}
+    checkpoints.save(tmp_path, model, 5, measured, keep=1)
+    assert checkpoints.restore_latest(tmp_path, model)[1] == measured
+    assert json.loads(
+        checkpoints.saved_steps(tmp_path)[5].with_suffix(".json").read_text()
+    )
