@@ -11,6 +11,7 @@ import pathlib
 import re
 
 from benchmarks import _results
+from benchmarks.speed import simclr
 from benchmarks.study import large_batch
 from horovod_recipes.configs import resnet50
 from horovod_recipes.planning import estimate
@@ -178,10 +179,26 @@ def published_efficiencies():
     return _results.table(header, rows)
 
 
+def simclr_batch():
+    """Returns the table of a global batch of 8,192."""
+    rows = [
+        [
+            run["micro_batches"],
+            *(f"{loss:.3f}" for loss in run["train_loss"]),
+            f"{run['peak_mb']:,}",
+        ]
+        for run in read_result("simclr_8192.json")["runs"]
+    ]
+    header = ["micro-batches", "loss, epoch 1", "loss, epoch 2", "peak MB"]
+    return _results.table(header, rows)
+
+
 TABLES = {
     "plan": printed_plan,
     "plan.published": published_efficiencies,
     "ratios": ratios,
+    "simclr_8192": simclr_batch,
+    "simclr_step": lambda: simclr.markdown(read_result("simclr_step.json")),
     "upstream_binding": bindings,
     "upstream_binding.short": lambda: bindings(SHORT_PROMISES),
     "optimizer_step.short": lambda: optimizer_step(

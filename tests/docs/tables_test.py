@@ -97,6 +97,12 @@ def sentences_on_accuracy():
     )
 
 
+def sentences_on_simclr():
+    result = read_result("demo_simclr.json")
+    yield "docs/simclr.md", f"classifier reached {result['linear_top1']} %"
+    yield "docs/simclr.md", f"and {result['random_linear_top1']} % on random"
+
+
 def sentences_on_the_demo():
     lines = (tables.RESULTS / "demo_seeds.jsonl").read_text().splitlines()
     seeds = [tables.json.loads(line)["top1"] for line in lines]
@@ -197,6 +203,7 @@ def sentences_on_ratios():
 SENTENCES = [
     *sentences_on_accuracy(),
     *sentences_on_the_demo(),
+    *sentences_on_simclr(),
     *sentences_on_speed(),
     *sentences_on_ratios(),
 ]
