@@ -179,6 +179,15 @@ def published_efficiencies():
     return _results.table(header, rows)
 
 
+def simclr_step():
+    """Returns the ratios of SimCLR's step."""
+    rows = [
+        [network, *(_results.cell(r, ".2f") for r in part["ratios"].values())]
+        for network, part in read_result("simclr_step.json")["results"].items()
+    ]
+    return _results.table(["network", *simclr.RATIOS], rows)
+
+
 def simclr_batch():
     """Returns the table of a global batch of 8,192."""
     rows = [
@@ -198,7 +207,7 @@ TABLES = {
     "plan.published": published_efficiencies,
     "ratios": ratios,
     "simclr_8192": simclr_batch,
-    "simclr_step": lambda: simclr.markdown(read_result("simclr_step.json")),
+    "simclr_step": simclr_step,
     "upstream_binding": bindings,
     "upstream_binding.short": lambda: bindings(SHORT_PROMISES),
     "optimizer_step.short": lambda: optimizer_step(
