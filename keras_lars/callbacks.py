@@ -108,7 +108,7 @@ class TrustRatioLogger(keras.callbacks.Callback):
         if self._events is None:
             return
         self._events.close()
-        header, rows = _read_table(self._table)
+        header, rows, _ = _read_table(self._table)
         if rows:
             _heat_map.draw(
                 header[1:],
@@ -164,41 +164,51 @@ class TrustRatioLogger(keras.callbacks.Callback):
 
 
 def _start_table(path, header, step):
-    """Writes the header, and keeps the rows up to `step` of the same header."""
-    old_header, rows = _read_table(path)
-    with written_atomically(path) as part, part.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        if old_header == header:
-            writer.writerows(row for row in rows if int(row[0]) <= step)
+    """Writes the header, and keeps the rows up to `step` of the same header.
 
-
-def _read_table(path):
-    """Returns the header and the rows as strings; `[]` if there are none.
-
-    A damaged table must not end training: it is kept under another name.
+    Training that goes on keeps a table that is damaged, or of another model,
+    under another name.
     """
-    if not path.exists():
-        return [], []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            # A job that was killed may leave half a line at the end.
-            whole = (line for line in file if line.endswith("\n"))
-            header, *rows = list(csv.reader(whole)) or [[]]
-        for row in rows:
-            if len(row) != len(header):
-                raise ValueError("a row is cut")
-            int(row[0])
-            for ratio in row[1:]:
-                float(ratio)
-    except (ValueError, csv.Error) as error:
+    old_header, rows, problem = _read_table(path)
+    if old_header and old_header != header:
+        problem, rows = "it has other columns", []
+    if problem and step > 0:
         copy = path.with_suffix(".damaged.csv")
         path.replace(copy)
         warnings.warn(
-            f"{path} is damaged ({error}); it is kept as {copy}", stacklevel=2
+            f"{path} cannot be continued after {len(rows)} rows: {problem}; "
+            f"it is kept as {copy}",
+            stacklevel=2,
         )
-        return [], []
-    return header, rows
+    with written_atomically(path) as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(row for row in rows if int(row[0]) <= step)
+
+
+def _read_table(path):
+    """Returns the header, the rows as strings, and what is wrong or None.
+
+    The rows are those before the first damage.
+    """
+    if not path.exists():
+        return [], [], None
+    header, rows = [], []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            # A job that was killed may leave half a line at the end.
+            lines = csv.reader(line for line in file if line.endswith("\n"))
+            header = next(lines, [])
+            for row in lines:
+                if len(row) != len(header):
+                    raise ValueError("a row is cut")
+                int(row[0])
+                for ratio in row[1:]:
+                    float(ratio)
+                rows.append(row)
+    except (ValueError, csv.Error) as error:
+        return header, rows, str(error)
+    return header, rows, None
 
 
 def _events_function(events, paths):

@@ -23,9 +23,9 @@ COUNTS = (
     "keep_checkpoints",
     "log_trust_ratios_every_steps",
     "check_replicas_every_steps",
-    "hang_seconds",
 )
 KEYS = COUNTS + (
+    "hang_seconds",
     "task",
     "model.name",
     "dataset.name",
@@ -62,6 +62,7 @@ INTEGERS = ("seed", "keep_best_checkpoints")
 OPTIONAL_INTEGERS = ("dataset.image_size", "dataset.threads")
 OPTIONAL_NUMBERS = ("target_top1", "expected_top1")
 NUMBERS = (
+    "hang_seconds",
     "label_smoothing",
     "schedule.peak_learning_rate",
     "schedule.warmup_epochs",
@@ -96,13 +97,18 @@ def check_config(config):
 
 
 def _check_keys(config):
-    """Raises `JobError` for a key that no job reads: it may be misspelt."""
+    """Raises `JobError` for a key that looks like a misspelt one.
+
+    Other unknown keys may be for callbacks of the user.
+    """
     known = {*KEYS, *(key.partition(".")[0] for key in KEYS), *ARGUMENTS}
     for key in (*config, *(f"dataset.{key}" for key in config.dataset)):
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise JobError(f"the config has an unknown key {key}{hint}")
+        if key in known:
+            continue
+        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise JobError(
+                f"the config has an unknown key {key}; did you mean {close[0]}?"
+            )
 
 
 def _check_types(config):
@@ -120,7 +126,10 @@ def _check_types(config):
             # In Python, True is an integer.
             is_switch = isinstance(value, bool) and types is not bool
             if is_switch or not isinstance(value, types):
-                raise JobError(f"{key} must be {what}, but is {value!r}")
+                raise JobError(
+                    f"{key} must be {what}, but is {value!r} "
+                    f"({type(value).__name__})"
+                )
 
 
 def _check_numbers(config):
@@ -128,7 +137,7 @@ def _check_numbers(config):
         raise JobError(
             f"epochs must be at most {MOST_EPOCHS:,}, but is {config.epochs}"
         )
-    for key in COUNTS:
+    for key in (*COUNTS, "hang_seconds"):
         if _value(config, key) < 1:
             raise JobError(
                 f"{key} must be 1 or more, but is {_value(config, key)}"

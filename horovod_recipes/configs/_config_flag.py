@@ -78,8 +78,9 @@ def config_flag(name):
     stem, colon, variant = name.partition(":")
     for path in (CONFIGS / f"{stem}.py", pathlib.Path(stem)):
         if path.is_file():
-            # ml_collections would take that of a config it has loaded before.
-            if "get_config" not in path.read_text(errors="replace"):
+            text = path.read_text(errors="replace")
+            # Otherwise ml_collections calls get_config of an earlier config.
+            if "get_config" not in text and "import *" not in text:
                 raise JobError(f"{path} has no function get_config")
             return f"--config={path}{colon}{variant}"
     raise JobError(f"unknown config {stem!r}: {CONFIG_CHOICES}")

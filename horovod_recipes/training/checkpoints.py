@@ -73,10 +73,15 @@ def restore_latest(workdir, model):
         strict=True,
     ):
         variable.assign(value)
-    # The job will repeat the later steps and save these files again.
-    for step, best in _best_in(workdir / "best").items():
-        if step > steps_done:
-            best.unlink()
+    broken = [later for step, later in paths.items() if step > steps_done]
+    for later in broken:
+        # Otherwise it would count as one of the newest to keep.
+        later.rename(later.with_name(f"{later.name}.broken"))
+    if not broken:
+        # The job will repeat the later steps and save these files again.
+        for step, best in _best_in(workdir / "best").items():
+            if step > steps_done:
+                best.unlink()
     return steps_done, measured
 
 
@@ -97,9 +102,20 @@ def _load_newest(paths):
             return step, model, _read_measured(path)
         except Exception as error:  # A broken file can raise any error.
             problem = f"cannot load {path} ({one_line(error)})"
+            if _is_of_the_machine(error):
+                raise JobError(f"{problem}; try again") from error
     raise JobError(
-        f"{problem}; no checkpoint is whole: restore one from a copy, or train "
-        "again with --overwrite"
+        f"{problem}; no checkpoint can be loaded: has the code or a version "
+        "changed? Otherwise restore a checkpoint from a copy"
+    )
+
+
+def _is_of_the_machine(error):
+    """Whether loading failed for another reason than the file's content."""
+    # What reads the weights raises an OSError without a number for a cut file.
+    is_missing = isinstance(error, FileNotFoundError)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and bool(error.errno) and not is_missing
     )
 
 

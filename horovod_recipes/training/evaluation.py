@@ -157,7 +157,7 @@ def evaluate(encoder, epochs, config, source, corrupt_images, watchdog):
 
 
 def config_of_classifier(config, epochs):
-    """Returns the config, with crops and flips but without distortions."""
+    """Returns the config, with the images of a classifier: not distorted."""
     config = ConfigDict(config.to_dict())
     config.task = "classification"
     config.epochs = epochs

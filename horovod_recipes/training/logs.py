@@ -1,6 +1,7 @@
 """Writes a job's logs: metrics, plots, TensorBoard's events, MLPerf's log."""
 
 import csv
+import itertools
 import logging
 import sys
 
@@ -104,8 +105,8 @@ def _is_accuracy(name):
 def _read_table(path, columns):
     """Returns the rows of a metrics.csv. Values that are missing are "".
 
-    A damaged table must not end the job: it is kept under another name, and its
-    rows before the damage are returned.
+    A table that cannot be continued must not end the job. It is kept under
+    another name, and its rows before the damage are returned.
     """
     if not path.exists():
         return []
@@ -113,25 +114,32 @@ def _read_table(path, columns):
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
-            if reader.fieldnames != columns:
-                raise ValueError("it has other columns")
+            if not set(columns) <= set(reader.fieldnames or ()):
+                raise ValueError("it lacks columns")
             for row in reader:
-                _check_row(row, columns)
-                rows.append(row)
+                _check_row(row)
+                rows.append({name: row[name] for name in columns})
     except (ValueError, csv.Error) as error:
-        copy = path.with_suffix(".damaged.csv")
+        copy = _unused_name(path)
         path.replace(copy)
         print(
-            f"warning: {path} is damaged ({one_line(error)}); it is kept as "
-            f"{copy}, and the job goes on with its first {len(rows)} rows",
+            f"warning: {path} cannot be continued ({one_line(error)}); it is "
+            f"kept as {copy}, and the job goes on with its first {len(rows)} "
+            "rows",
             file=sys.stderr,
         )
     return rows
 
 
-def _check_row(row, columns):
+def _unused_name(path):
+    numbers = itertools.chain([""], map("-{}".format, itertools.count(1)))
+    copies = (path.with_suffix(f".damaged{number}.csv") for number in numbers)
+    return next(copy for copy in copies if not copy.exists())
+
+
+def _check_row(row):
     """Raises `ValueError` unless a row has a number in each column, or ""."""
-    if list(row) != columns:
+    if None in row:
         raise ValueError("a row has too many values")
     for name, value in row.items():
         if value is None:

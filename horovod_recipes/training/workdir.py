@@ -18,14 +18,13 @@ RUN_FILES = (
     "evaluation.json",
     "neighbours.png",
     "metrics.csv",
-    "metrics.damaged.csv",
     "metrics.png",
     "mlperf.log",
     "summary.json",
     "tensorboard",
     "trust_ratios",
 )
-LOCK_FILE = "lock"
+LOCK_FILE = ".horovod_recipes.lock"
 # Keys that may change when a run resumes.
 # max_micro_batch_size also changes batch norm's statistics and dropout.
 FREE_KEYS = {
@@ -60,7 +59,18 @@ class Lock:
 
     def __init__(self, workdir):
         self._path = workdir / LOCK_FILE
-        self._file = self._path.open("a+")
+        while True:
+            self._file = self._path.open("a+")
+            self._acquire(workdir)
+            if self._is_in_folder():
+                break
+            # A job that ended in between has deleted the file.
+            self._file.close()
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def _acquire(self, workdir):
         try:
             # The kernel gives it back when the process ends.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,9 +84,14 @@ class Lock:
             ) from None
         except OSError:
             pass  # Some network file systems have no locks.
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+
+    def _is_in_folder(self):
+        try:
+            return os.path.samestat(
+                os.fstat(self._file.fileno()), self._path.stat()
+            )
+        except FileNotFoundError:
+            return False
 
     def release(self):
         self._path.unlink(missing_ok=True)
@@ -87,46 +102,37 @@ def prepare_workdir(workdir, config, mode):
     """Makes the folder ready for a run. Only rank 0 calls this.
 
     Returns:
-        The `Lock` of the folder.
+        The `Lock` of the folder, or None if the run to resume is finished.
 
     Raises:
         JobError: If the folder is not writable, if another job uses it, or if
             its contents do not match `mode` and `config`.
     """
-    lock = None
     try:
-        if workdir.is_dir() and os.access(workdir, os.W_OK):
-            lock = Lock(workdir)
-        _make_ready(workdir, config, mode)
-        return lock or Lock(workdir)
+        if mode == "resume":
+            check_same_config(read_config(workdir), config, workdir)
+            if read_summary(workdir) is not None:
+                return None
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = Lock(workdir)
+        try:
+            _make_ready(workdir, config, mode)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
     except OSError as error:
-        _release(lock)
         raise JobError(
             f"cannot write to --workdir={workdir}: {error.strerror}; choose a "
             "writable folder"
         ) from None
-    except JobError:
-        _release(lock)
-        raise
-
-
-def _release(lock):
-    if lock:
-        lock.release()
 
 
 def _make_ready(workdir, config, mode):
-    saved_config = read_config(workdir)
-    if mode == "resume":
-        check_same_config(saved_config, config, workdir)
-        if read_summary(workdir) is not None:
-            return
-    elif workdir.exists() and any(
-        path.name != LOCK_FILE for path in workdir.iterdir()
-    ):
-        check_overwritable(saved_config, workdir, mode)
+    others = [p for p in workdir.iterdir() if p.name != LOCK_FILE]
+    if mode != "resume" and others:
+        check_overwritable(read_config(workdir), workdir, mode)
         delete_run(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     with written_atomically(workdir / "config.json") as part:
         part.write_text(config.to_json(indent=2))
 
@@ -158,8 +164,10 @@ def check_overwritable(saved_config, workdir, mode):
 
 
 def delete_run(workdir):
-    for name in RUN_FILES:
-        path = workdir / name
+    for path in (
+        *(workdir / name for name in RUN_FILES),
+        *workdir.glob("metrics.damaged*.csv"),
+    ):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -214,7 +222,7 @@ def read_summary(workdir):
     if not isinstance(summary, dict) or "top1" not in summary:
         raise JobError(
             f"{path} is not the summary of a run; delete it, and --resume "
-            "writes it again"
+            "ends the run again"
         )
     return summary
 

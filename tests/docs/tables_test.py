@@ -99,7 +99,10 @@ def sentences_on_accuracy():
 
 def sentences_on_simclr():
     result = read_result("demo_simclr.json")
-    yield "docs/simclr.md", f"classifier reached {result['linear_top1']} %"
+    yield (
+        "docs/simclr.md",
+        f"the linear classifier reached {result['linear_top1']} %",
+    )
     yield "docs/simclr.md", f"and {result['random_linear_top1']} % on random"
 
 

@@ -264,9 +264,37 @@ def test_new_job_starts_anew(tmp_path):
 def test_other_header_starts_anew(tmp_path):
     model = compiled_model()
     fit(model)
-    (tmp_path / "trust_ratios.csv").write_text("step,other/kernel\n5,1.0\n")
-    fit(model, TrustRatioLogger(tmp_path, 5))
+    other = "step,other/kernel\n5,1.0\n"
+    (tmp_path / "trust_ratios.csv").write_text(other)
+    with pytest.warns(UserWarning, match="it has other columns; it is kept as"):
+        fit(model, TrustRatioLogger(tmp_path, 5))
     assert list(read_csv(tmp_path)) == [15, 20]
+    assert (tmp_path / "trust_ratios.damaged.csv").read_text() == other
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("9,1.0", "a row is cut"),
+        ("nine,1.0,1.0", "invalid literal"),
+        ("9,1.0,\xff", "could not convert|can't decode"),
+    ],
+    ids=["cut", "step", "bytes"],
+)
+def test_damaged_table_does_not_end_training(tmp_path, row, problem):
+    """The rows before the damage stay, and the file is kept."""
+    model = compiled_model()
+    fit(model, TrustRatioLogger(tmp_path, 4))
+    path = tmp_path / "trust_ratios.csv"
+    with path.open("a", encoding="latin-1") as file:
+        file.write(f"{row}\n10,1.0,1.0\n")
+    damaged = path.read_bytes()
+    with pytest.warns(UserWarning, match=problem):
+        fit(model, TrustRatioLogger(tmp_path, 4))
+    kept = list(read_csv(tmp_path))
+    # Bytes that are no text are found before the rows are split.
+    assert kept in ([4, 8, 12, 16, 20], [12, 16, 20])
+    assert (tmp_path / "trust_ratios.damaged.csv").read_bytes() == damaged
 
 
 def test_picture(tmp_path):

@@ -387,3 +387,11 @@ def test_key_or_type_that_no_job_can_read(changes, match):
                 part[name] = changed
     with pytest.raises(JobError, match=match):
         check_config(config)
+
+
+def test_keys_of_a_users_callback_are_no_mistakes():
+    config = demo.get_config()
+    with config.unlocked(), config.ignore_type():
+        config.notes = "for my callback"
+        config.hang_seconds = 90.0
+    check_config(config)

@@ -61,6 +61,58 @@ def test_folder_in_use_is_refused_until_its_job_is_killed(tmp_path):
     assert not (tmp_path / run_folder.LOCK_FILE).exists()
 
 
+def test_lock_of_a_job_that_ends_in_between(tmp_path, monkeypatch):
+    """The file that a job waits for is deleted, and then locked anew."""
+    first, flock = run_folder.Lock(tmp_path), run_folder.fcntl.flock
+    calls = []
+
+    def ends_in_between(file, operation):
+        calls.append(file)
+        if len(calls) == 1:
+            first.release()
+        return flock(file, operation)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", ends_in_between)
+    second = run_folder.Lock(tmp_path)
+    assert len(calls) == 2
+    with pytest.raises(JobError, match="another job uses"):
+        run_folder.Lock(tmp_path)
+    second.release()
+
+
+def test_finished_run_in_a_folder_of_others_is_resumed(tmp_path):
+    """It gives its summary, and writes nothing."""
+    run_folder.prepare_workdir(tmp_path, demo.get_config(), "new").release()
+    run_folder.write_summary(tmp_path, {"top1": 90.0})
+    holder = run_folder.Lock(tmp_path)
+    lock = run_folder.prepare_workdir(tmp_path, demo.get_config(), "resume")
+    assert lock is None
+    holder.release()
+
+
+def test_own_file_with_the_name_of_a_lock(tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    with pytest.raises(JobError, match="do not belong to a run"):
+        run_folder.prepare_workdir(tmp_path, demo.get_config(), "new")
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
+def test_checkpoint_that_the_machine_cannot_read_is_kept(
+    tmp_path, model, monkeypatch
+):
+    """Nothing falls back where the file may be whole."""
+    checkpoints.save(tmp_path, model, 5, {"seconds": 1.0}, keep=2)
+    checkpoints.save(tmp_path, model, 6, {"seconds": 2.0}, keep=2)
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(keras.saving, "load_model", fail)
+    with pytest.raises(JobError, match=r"Permission denied.*; try again"):
+        checkpoints.restore_latest(tmp_path, model)
+    assert sorted(checkpoints.saved_steps(tmp_path)) == [5, 6]
+
+
 def test_refused_folder_is_not_locked(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(JobError, match="do not belong to a run"):
@@ -118,11 +170,13 @@ def test_broken_newest_checkpoint_falls_back(
     assert line.endswith(
         "resuming from " + str(checkpoints.saved_steps(tmp_path)[5])
     )
+    # The broken one does not count as one to keep.
+    checkpoints.save(tmp_path, model, 7, {"seconds": 3.0}, keep=2)
+    assert sorted(checkpoints.saved_steps(tmp_path)) == [5, 7]
+    checkpoints.saved_steps(tmp_path)[7].unlink()
     older = checkpoints.saved_steps(tmp_path)[5]
     older.write_bytes(b"")
-    with pytest.raises(
-        JobError, match=f"{older.name} .*no checkpoint is whole"
-    ):
+    with pytest.raises(JobError, match=f"{older.name} .*no checkpoint can be"):
         checkpoints.restore_latest(tmp_path, model)
 
 
@@ -168,11 +222,29 @@ def test_damaged_table_is_kept_and_training_goes_on(
     damaged = path.read_bytes()
     metrics = table(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {path} is damaged (")
+    assert line.startswith(f"warning: {path} cannot be continued (")
     assert f"its first {kept} rows" in line
     assert (tmp_path / "metrics.damaged.csv").read_bytes() == damaged
     end_epochs(metrics, 4, 6)
+    # Another damage does not replace the first copy.
+    path.write_text("")
+    table(tmp_path)
+    assert (tmp_path / "metrics.damaged.csv").read_bytes() == damaged
+    assert (tmp_path / "metrics.damaged-1.csv").read_bytes() == b""
+    end_epochs(metrics, 5, 6)
     assert epochs_in(path) == [str(n + 1) for n in range(kept)] + ["5", "6"]
+
+
+def test_table_with_more_columns_goes_on(tmp_path, capsys):
+    end_epochs(table(tmp_path), 0, 2)
+    path = tmp_path / "metrics.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line},9\n" for line in lines))
+    path.write_text(path.read_text().replace("second,9", "second,more", 1))
+    end_epochs(table(tmp_path), 2, 3)
+    assert epochs_in(path) == ["1", "2", "3"]
+    assert "more" not in path.read_text()
+    assert capsys.readouterr().err == ""
 
 
 def test_whole_table_goes_on_without_a_word(tmp_path, capsys):

@@ -209,7 +209,7 @@ def test_resume_from_a_broken_checkpoint(interrupted_copy):
     on_rank_0(checkpoint(interrupted_copy, step=6).write_bytes, b"")
     on_rank_0(checkpoint(interrupted_copy, step=3).write_bytes, b"")
     assert_refused(
-        "cannot load .*step-00000003.keras .*no checkpoint is whole",
+        "cannot load .*step-00000003.keras .*no checkpoint can be loaded",
         interrupted_copy,
         "resume",
     )
@@ -234,7 +234,7 @@ def test_second_job_in_a_workdir_in_use(shared_folder):
         assert "another job uses" in message
         assert "choose another --workdir" in message
     assert hvd.allgather_object(messages) == [messages, messages]
-    assert not (workdir / "lock").exists()
+    assert not list(workdir.glob("*.lock"))
 
 
 def test_resume_from_another_optimizer(interrupted_copy):
