@@ -110,6 +110,8 @@ def create_job(micro_batch, folder):
     config.log_trust_ratios_every_steps = 100
     job = training_job.prepare(config, "demo", pathlib.Path(folder))
     training_job.restore(job, "overwrite")
+    if job.lock:
+        job.lock.release()  # The next job has the same folder.
     job.target = job_callbacks.TargetTop1(None, False, {})
     return job
 

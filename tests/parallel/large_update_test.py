@@ -84,7 +84,6 @@ def update_of_job(config):
     compile_model(
         model,
         config,
-        size,
         create_schedule(config, size),
         Classification(config, size, source=None, corrupt_images=None),
     )
