@@ -214,7 +214,7 @@ def test_elastic_job_loses_a_host_and_takes_it_back(cluster, tmp_path):
         *("-np", "2", "--min-np", "1", "--max-np", "2", *LINK),
         *("--host-discovery-script", str(discover)),
         *("--blacklist-cooldown-range", "2", "4"),
-        *("--gloo-timeout-seconds", "30"),
+        *("--gloo-timeout-seconds", "60"),
         *python("tests.jobs.elastic_digits_job", "--epochs=8", "--pause=0.7"),
         seconds=600,
     )
