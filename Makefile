@@ -60,7 +60,7 @@ demo: .venv/done $(DATA)
 	@cat "$(WORKDIR)/summary.json"
 
 ## demo-simclr     learn from the demo's digits without labels: three minutes
-# On these networks, oneDNN's convolutions take half the time.
+# On some CPUs, TensorFlow leaves oneDNN off, which is slower here.
 demo-simclr: export TF_ENABLE_ONEDNN_OPTS ?= 1
 demo-simclr: .venv/done $(DATA)
 	$(TWO_RANKS) -m horovod_recipes.train --config=simclr:digits --overwrite \

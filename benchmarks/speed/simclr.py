@@ -6,7 +6,7 @@ It times updates of two networks on generated images, on two ranks with one
 thread each, at a global batch of 1,024. With 4 micro-batches, gradient caching
 stands beside plain accumulation, whose loss sees one micro-batch of all ranks
 at a time. With 1 micro-batch, the update stands beside the same without the
-gather and the loss. All take turns. On 2 cores, six rounds take 15 minutes.
+gather and the loss. All take turns. On 2 cores, six rounds take 7 minutes.
 """
 
 import keras
@@ -23,7 +23,7 @@ from horovod_recipes.training import simclr
 
 GLOBAL_BATCH = 1024
 MICRO_BATCHES = 4
-# The network of the recipe for Fashion-MNIST, and one that is 16 times slower.
+# The network of the recipe for Fashion-MNIST, and a slower one.
 NETWORKS = {
     "3 blocks, 28 x 28": ((28, 28, 1), {}),
     "ResNet-18 with 16 channels, 32 x 32": (

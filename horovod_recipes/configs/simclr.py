@@ -44,7 +44,6 @@ def get_config(variant="imagenet_4096"):
     rows = {name: globals()[name] for name in VARIANTS}
     config = _imagenet.row(rows, variant)()
     config.task = "simclr"
-    config.schedule.decay = "cosine"
     return config
 
 
@@ -102,9 +101,9 @@ def fashion_mnist():
         stage_blocks=(1, 1, 1),
         width=16,
         stem_stride=2,
-        # On CPUs, synchronizing doubles the time of a step.
+        # On CPUs, synchronizing makes a step slower.
         batch_norm="micro_batch",
-        # Blocks that start as their shortcut learn too slowly here.
+        # Blocks that start as their shortcut learn more slowly.
         zero_gamma=False,
     )
     config.dataset.update(name="fashion_mnist", train_examples=60_000)

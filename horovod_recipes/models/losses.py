@@ -32,10 +32,11 @@ def nt_xent(first, second, temperature=0.1, process_set=None):
     """Returns NT-Xent, the contrastive loss of SimCLR, of this rank's views.
 
     Each view has to find the other view of its image among the 2N - 1 other
-    views of all ranks, by cosine similarity. The mean of this loss over the
-    ranks is the loss of the global batch, with equal n. The memory is that of
-    about four matrices of 2n x 2N numbers. With
-    `DistributedOptimizer` or `DistributedGradientTape`, so is its gradient.
+    views of all ranks, by cosine similarity. If all ranks have the same n, the
+    mean of this loss over the ranks is the loss of the global batch. The same
+    holds for its gradient, with `DistributedOptimizer` or
+    `DistributedGradientTape`. It needs memory for about four matrices of 2n x
+    2N numbers.
 
     Args:
         first: Float `[n, d]`, the embeddings of this rank's first views. They

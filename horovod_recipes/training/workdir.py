@@ -142,9 +142,8 @@ def read_config(workdir):
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:  # Neither UTF-8 nor JSON.
+    except (FileNotFoundError, ValueError):
+        # A ValueError means that it is neither UTF-8 nor JSON.
         return None
     is_ours = isinstance(config, dict) and "global_batch_size" in config
     return config if is_ours else None
