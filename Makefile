@@ -47,8 +47,8 @@ ANY_BACKEND_TESTS := $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py trust_ratio_test.py)
 
 .PHONY: help demo demo-simclr demo-seeds test lint docs unit-tests parallel-tests \
-  mpi-tests job-tests test-cluster slurm-tests torch-tests gpu-build-test \
-  compat compat-oldest compat-newest bench clean always
+  mpi-tests job-tests test-cluster chaos many-ranks slurm-tests torch-tests \
+  gpu-build-test compat compat-oldest compat-newest bench clean always
 
 ## help            list the targets
 help:
@@ -125,6 +125,18 @@ job-tests: .venv/done $(DATA)
 test-cluster: .venv/done $(DATA)
 	$(BIN)/python -m tests.cluster.hosts
 	timeout --kill-after=30 2400 $(PYTEST) tests/cluster
+
+## chaos           do 60 faults to jobs on four hosts; needs root, 45 minutes
+chaos: .venv/done $(DATA)
+	$(BIN)/python -m tests.cluster.hosts
+	timeout --kill-after=30 7200 $(BIN)/python -m tests.cluster.chaos \
+	  --output=docs/results/chaos.json $(ARGS)
+
+## many-ranks      train on 16 ranks of four hosts, and on 12; needs root
+many-ranks: .venv/done $(DATA)
+	$(BIN)/python -m tests.cluster.hosts
+	timeout --kill-after=30 3600 $(BIN)/python -m tests.cluster.many_ranks \
+	  --output=docs/results/many_ranks.json
 
 ## slurm-tests     test under a Slurm that this installs; needs root on Debian
 slurm-tests: .venv/done $(DATA)

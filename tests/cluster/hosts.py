@@ -7,6 +7,7 @@ this machine lacks: python -m tests.cluster.hosts.
 """
 
 import contextlib
+import itertools
 import os
 import pathlib
 import shutil
@@ -19,9 +20,13 @@ import time
 
 PREFIX = "horovod-test-"
 ETC = pathlib.Path("/etc/netns")
+# The name of the table that drops packets.
+LOSS = "loss"
 # In seconds. ssh and sshd give up after three of these without an answer. Gloo
 # gives up after 30 seconds, so the ranks can still say why.
 SSH_ALIVE_SECONDS = 15
+
+_clusters = itertools.count()
 
 
 class Cluster:
@@ -33,6 +38,7 @@ class Cluster:
 
     def __init__(self, size):
         remove_stale()
+        self._prefix = f"{PREFIX}{os.getpid()}-{next(_clusters)}-"
         self.hosts = [f"h{n}" for n in range(1, size + 1)]
         self._folder = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX))
         self._sshd = []
@@ -97,6 +103,16 @@ class Cluster:
         limits = ("rate", rate, "burst", "1mb", "latency", "100ms")
         _run("tc", *link, "root", "tbf", *limits)
 
+    def lose_packets(self, host, percent):
+        """Drops so many of the packets that a host sends; needs nftables."""
+        chain = "type filter hook output priority 0;"
+        rule = f"numgen random mod 100 < {percent} drop;"
+        table = f"table inet {LOSS} {{ chain output {{ {chain} {rule} }}; }}"
+        self.run(host, "nft", table)
+
+    def keep_packets(self, host):
+        self.run(host, "nft", "delete", "table", "inet", LOSS)
+
     def speed_up(self, host):
         name = self.namespace(host)
         _run("tc", "-n", name, "qdisc", "delete", "dev", "eth0", "root")
@@ -113,12 +129,12 @@ class Cluster:
             _kill(pids)
 
     def namespace(self, host):
-        return f"{PREFIX}{os.getpid()}-{host}"
+        return f"{self._prefix}{host}"
 
     def remove(self):
         """Ends all processes of the hosts, and removes the hosts."""
         for name in namespaces():
-            if name.startswith(f"{PREFIX}{os.getpid()}-"):
+            if name.startswith(self._prefix):
                 remove_namespace(name)
         for server in self._sshd:
             server.wait()

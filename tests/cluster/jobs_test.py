@@ -4,114 +4,18 @@ Run it as root: make test-cluster.
 """
 
 import json
-import os
-import pathlib
 import re
-import signal
-import time
 
 import pytest
 
-from tests.jobs.launcher import HOROVODRUN
-from tests.jobs.launcher import ROOT
-from tests.jobs.launcher import limited
+from tests.cluster.job import LINK
+from tests.cluster.job import Job
+from tests.cluster.job import assert_nothing_runs
 from tests.jobs.launcher import python
 from tests.jobs.results import read_summary
 
-LINK = ("--network-interface", "eth0")
 BOTH = ("-np", "2", "-H", "h1:1,h2:1", *LINK)
 DEMO = ("--config=demo", "--config.model.filters=2")
-# This job trains until something ends it.
-ENDLESS = (
-    *DEMO,
-    "--config.epochs=100000",
-    "--config.evaluate_every_epochs=100000",
-    "--config.checkpoint_every_epochs=100000",
-)
-# In seconds, from the kill to the end; half of it is for a busy machine.
-KILL_SECONDS = 40
-# In seconds, from the cut to the end; Gloo's own time limit is 30 of it.
-CUT_SECONDS = 90
-
-
-class Job:
-    """`horovodrun` on h1, which prints to a file."""
-
-    def __init__(self, cluster, folder, *command, seconds=300):
-        self.log = folder / "job.log"
-        with self.log.open("wb") as log:
-            self.process = cluster.popen(
-                "h1",
-                *limited([HOROVODRUN, "--gloo", *command], seconds),
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-            )
-
-    def output(self):
-        # A progress bar ends its lines with carriage returns.
-        text = self.log.read_bytes().decode(errors="replace")
-        return text.replace("\r", "\n")
-
-    def wait_for(self, pattern, seconds=200):
-        """Waits until the job has printed a match; returns it."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            if match := re.search(pattern, self.output()):
-                return match
-            time.sleep(0.2)
-        match = re.search(pattern, self.output())
-        assert match, f"no {pattern!r} in:\n{self.output()}"
-        return match
-
-    def wait(self):
-        """Waits for the end; returns the status and the ranks' errors."""
-        status = self.process.wait()
-        errors = re.findall(r"error: (.*)", self.output())
-        return status, errors
-
-
-def pid_of_rank(cluster, host, rank):
-    for pid in cluster.pids(host):
-        process = pathlib.Path("/proc") / str(pid)
-        try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-            name = (process / "comm").read_text()
-        except OSError:  # The process has ended.
-            continue
-        if name.startswith("python") and b"HOROVOD_RANK=%d" % rank in (
-            environment
-        ):
-            return pid
-    raise AssertionError(f"no rank {rank} on {host}")
-
-
-def assert_nothing_runs(cluster, seconds, besides=None):
-    """Checks that the job leaves no process on any host.
-
-    Args:
-        cluster: The `Cluster`.
-        seconds: Float, the time that the processes have to end.
-        besides: Bytes, the beginning of the commands that may stay.
-    """
-    end = time.monotonic() + seconds
-    while left := commands_left(cluster, besides):
-        assert time.monotonic() < end, left
-        time.sleep(0.5)
-
-
-def commands_left(cluster, besides):
-    commands = {}
-    for pid in (pid for host in cluster.hosts for pid in cluster.pids(host)):
-        try:
-            command = (
-                pathlib.Path("/proc") / str(pid) / "cmdline"
-            ).read_bytes()
-        except OSError:  # The process has ended.
-            continue
-        if besides is None or not command.startswith(besides):
-            commands[pid] = command
-    return commands
 
 
 def test_demo_trains_over_the_link_as_on_one_host(cluster, tmp_path):
@@ -138,41 +42,6 @@ def test_demo_trains_over_the_link_as_on_one_host(cluster, tmp_path):
     # It was 66.1, and chance is 10.
     assert top1 > 50
     assert results["one"] == results["two"]
-
-
-def test_killed_rank_on_another_host(cluster, tmp_path):
-    workdir = f"--workdir={tmp_path}/run"
-    command = python("horovod_recipes.train", *ENDLESS, workdir)
-    job = Job(cluster, tmp_path, *BOTH, *command)
-    job.wait_for("Epoch 3/")
-    os.kill(pid_of_rank(cluster, "h2", rank=1), signal.SIGKILL)
-    begin = time.monotonic()
-    status, errors = job.wait()
-    seconds = time.monotonic() - begin
-    assert status == 1, job.output()
-    assert seconds < KILL_SECONDS
-    assert "rank 0 stopped: rank 1 on h2 is lost: nothing" in errors[0]
-    assert_nothing_runs(cluster, seconds=20)
-    print(f"a killed rank ended the job in {seconds:.1f} s")
-
-
-def test_cut_link(cluster, tmp_path):
-    """Both ranks end, and each says what it knows."""
-    workdir = f"--workdir={tmp_path}/run"
-    command = python("horovod_recipes.train", *ENDLESS, workdir)
-    job = Job(cluster, tmp_path, *BOTH, *command)
-    job.wait_for("Epoch 3/")
-    cluster.cut("h2")
-    begin = time.monotonic()
-    status, errors = job.wait()
-    seconds = time.monotonic() - begin
-    assert status == 1, job.output()
-    assert seconds < CUT_SECONDS
-    assert "rank 0 stopped: rank 1 on h2 is lost: nothing" in errors[0]
-    # Nobody can tell the other host: its rank gives up by itself. Its sshd
-    # waits on, which is not the job's.
-    assert_nothing_runs(cluster, seconds=60, besides=b"sshd")
-    print(f"a cut link ended the job in {seconds:.1f} s")
 
 
 def test_slow_link_gives_the_same_result(cluster, tmp_path):
