@@ -127,7 +127,8 @@ class Watchdog(keras.callbacks.Callback):
         if self._peers.server is not None:
             # If a rank is lost already, the next collective fails and says so.
             with contextlib.suppress(tf.errors.OpError, HorovodInternalError):
-                self._peers.key = _shared_key()
+                key = _shared_key()
+                self._peers = Peers(hvd.rank(), hvd.size(), key)
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -342,7 +343,7 @@ class Peers:
         self.silence = 2 * self.period + 1.5
         self.server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
         self.key = key
-        # Each block has its own scope: earlier messages are out of date.
+        # Each object has its own scope: earlier messages are out of date.
         self._scope = f"watchdog{next(_blocks)}"
         self._rank = rank
         self._next = (rank + 1) % size
@@ -363,9 +364,11 @@ class Peers:
         try:
             self._request("PUT", f"rank{self._rank}", beat)
             heard = self._request("GET", f"rank{self._next}")
-            self.known_problem = self._request("GET", "problem")
+            # A stranger can overwrite a problem that this rank has read.
+            problem = self.known_problem or self._request("GET", "problem")
         except NOT_REACHED:
             return
+        self.known_problem = problem
         self._server_heard = time.monotonic()
         if heard is None:
             return

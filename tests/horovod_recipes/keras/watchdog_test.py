@@ -160,6 +160,9 @@ def test_problem_of_a_stranger_is_ignored(server, message):
     other.report("rank 1 on h2 failed: ü")
     peers.beat(steps=1)
     assert peers.find_problem() == "rank 1 on h2 failed: ü"
+    ask_server("PUT", "/watchdog0/problem", b"")
+    peers.beat(steps=1)
+    assert peers.find_problem() == "rank 1 on h2 failed: ü"
 
 
 def test_stranger_cannot_feign_the_beat_of_a_lost_rank(server, monkeypatch):
