@@ -12,6 +12,8 @@ def written_atomically(path):
     unchanged and the new file is removed.
     """
     part = path.with_name(f".part-{path.name}")
+    # A link in a stranger's folder would lead to a file outside of it.
+    part.unlink(missing_ok=True)
     try:
         yield part
         with part.open("rb") as file:

@@ -3,10 +3,14 @@
 Horovod's operations wait for all ranks, without a time limit. While they wait,
 ranks exchange messages through the key-value server of `horovodrun`. Gloo's
 ranks find each other through the same server.
+
+Anyone who reaches that server can write to it. So the ranks sign what they
+write, and ignore the rest (docs/security.md).
 """
 
 import contextlib
 import faulthandler
+import hmac
 import http.client
 import itertools
 import os
@@ -28,6 +32,10 @@ BEAT_PERIOD_SECONDS = 0.5
 MAX_REQUESTS_PER_SECOND = 384
 # Seconds that the server may take to answer.
 SERVER_TIMEOUT_SECONDS = 1.25
+# Bytes of an answer that a rank reads. A stranger may have written more.
+MAX_ANSWER_BYTES = 2**20
+# Bytes of the key that signs messages.
+KEY_BYTES = 32
 # Seconds between reporting a problem and ending, so that other ranks read it.
 SECONDS_TO_SAY_WHY = 5
 
@@ -116,6 +124,11 @@ class Watchdog(keras.callbacks.Callback):
         self.progress()
         self._thread.start()
         _running = self
+        if self._peers.server is not None:
+            # If a rank is lost already, the next collective fails and says so.
+            with contextlib.suppress(tf.errors.OpError, HorovodInternalError):
+                key = _shared_key()
+                self._peers = Peers(hvd.rank(), hvd.size(), key)
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -149,7 +162,7 @@ class Watchdog(keras.callbacks.Callback):
         Call it when a collective has failed. It takes up to 5 seconds, or
         longer in jobs of more than 64 ranks. Under MPI it returns None at once.
         """
-        if self._peers.server is None:
+        if self._peers.key is None:
             return None
         self._asked = True
         time.sleep(self._peers.delay)
@@ -303,14 +316,23 @@ class _Collectives:
         self.left.assign(0)
 
 
+def _shared_key():
+    """Returns random bytes that rank 0 sends to all ranks."""
+    with tf.init_scope(), tf.device("CPU"):
+        key = tf.constant(list(os.urandom(KEY_BYTES)), tf.uint8)
+        key = hvd.broadcast(key, 0, name="horovod_recipes_watchdog_key")
+    return key.numpy().tobytes()
+
+
 class Peers:
     """The messages between ranks through the server of `horovodrun`.
 
     Each rank writes its own beats and reads those of the next rank. It writes a
-    problem that it finds once, for all ranks.
+    problem that it finds once, for all ranks. `key`, bytes, signs the messages.
+    Without it, which is so without a server, the rank neither writes nor reads.
     """
 
-    def __init__(self, rank, size):
+    def __init__(self, rank, size, key=None):
         # Seconds between two beats, of three requests each.
         self.period = max(
             BEAT_PERIOD_SECONDS, 3 * size / MAX_REQUESTS_PER_SECOND
@@ -320,43 +342,52 @@ class Peers:
         # Seconds without a beat until a rank is lost: two beats, and a margin.
         self.silence = 2 * self.period + 1.5
         self.server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
-        # Each block has its own scope: earlier messages are out of date.
+        self.key = key
+        # Each object has its own scope: earlier messages are out of date.
         self._scope = f"watchdog{next(_blocks)}"
         self._rank = rank
         self._next = (rank + 1) % size
         self._port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
         self._beats = 0
-        self._beat_of_next = None
+        # The number of a beat, the host and the step.
+        self._beat_of_next = (0, None, None)
         self._next_heard = self._server_heard = time.monotonic()
         # The problem that any rank has reported, or None.
         self.known_problem = None
 
     def beat(self, steps):
         """Writes this rank's beat and reads that of the next rank."""
-        if self.server is None:
+        if self.key is None:
             return
         self._beats += 1
         beat = f"{self._beats} {HOST} {steps}"
         try:
             self._request("PUT", f"rank{self._rank}", beat)
             heard = self._request("GET", f"rank{self._next}")
-            self.known_problem = self._request("GET", "problem")
+            # A stranger can overwrite a problem that this rank has read.
+            problem = self.known_problem or self._request("GET", "problem")
         except NOT_REACHED:
             return
+        self.known_problem = problem
         self._server_heard = time.monotonic()
-        if heard != self._beat_of_next:
-            self._beat_of_next, self._next_heard = heard, self._server_heard
+        if heard is None:
+            return
+        number, host, steps = heard.split()
+        # A stranger can write an old beat again.
+        if int(number) > self._beat_of_next[0]:
+            self._beat_of_next = (int(number), host, steps)
+            self._next_heard = self._server_heard
 
     def report(self, problem):
         """Writes a problem for all ranks to read."""
-        if self.server is None:
+        if self.key is None:
             return
         with contextlib.suppress(*NOT_REACHED):
             self._request("PUT", "problem", problem)
 
     def find_problem(self):
         """Returns the problem that this or another rank has found, or None."""
-        if self.server is None or self.known_problem:
+        if self.key is None or self.known_problem:
             return self.known_problem
         now = time.monotonic()
         if now - self._server_heard > self.silence:
@@ -365,8 +396,8 @@ class Peers:
                 f"horovodrun at {self.server} for "
                 f"{now - self._server_heard:.0f} s"
             )
-        if self._beat_of_next and now - self._next_heard > self.silence:
-            _, host, steps = self._beat_of_next.split()
+        number, host, steps = self._beat_of_next
+        if number and now - self._next_heard > self.silence:
             problem = (
                 f"rank {self._next} on {host} is lost: nothing has been heard "
                 f"of it for {now - self._next_heard:.0f} s, after step {steps} "
@@ -377,13 +408,24 @@ class Peers:
             return problem
         return None
 
-    def _request(self, method, key, text=None):
+    def _request(self, method, name, text=None):
+        path = f"/{self._scope}/{name}"
         connection = http.client.HTTPConnection(
             self.server, int(self._port), timeout=SERVER_TIMEOUT_SECONDS
         )
         with contextlib.closing(connection):
-            body = None if text is None else text.encode()
-            connection.request(method, f"/{self._scope}/{key}", body)
+            body = None if text is None else self._signed(path, text.encode())
+            connection.request(method, path, body)
             response = connection.getresponse()
-            text = response.read().decode()
-            return text if response.status == http.client.OK else None
+            answer = response.read(MAX_ANSWER_BYTES)
+        if response.status != http.client.OK:
+            return None
+        _, _, text = answer.partition(b" ")
+        # A copy of another message is not signed for this path.
+        is_of_a_rank = hmac.compare_digest(answer, self._signed(path, text))
+        return text.decode() if is_of_a_rank else None
+
+    def _signed(self, path, text):
+        message = b" ".join((path.encode(), text))
+        digest = hmac.new(self.key, message, "sha256").hexdigest()
+        return b" ".join((digest.encode(), text))

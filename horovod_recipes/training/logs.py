@@ -237,6 +237,9 @@ class _AppendToFile(logging.Handler):
         self._path = path
 
     def emit(self, record):
+        if self._path.is_symlink():
+            # In a stranger's folder, it may lead to a file outside of it.
+            self._path.unlink()
         with self._path.open("a") as file:
             file.write(f"{record.getMessage()}\n")
 

@@ -59,6 +59,9 @@ class Lock:
 
     def __init__(self, workdir):
         self._path = workdir / LOCK_FILE
+        if self._path.is_symlink():
+            # In a stranger's folder, it may lead to a file outside of it.
+            self._path.unlink()
         while True:
             self._file = self._path.open("a+")
             self._acquire(workdir)
@@ -167,7 +170,7 @@ def delete_run(workdir):
         *(workdir / name for name in RUN_FILES),
         *workdir.glob("metrics.damaged*.csv"),
     ):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
 """What the installer refuses and caches; `make` tests that it installs."""
 
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -120,6 +122,21 @@ def test_failed_build_leaves_no_wheel(tmp_path, monkeypatch):
     with pytest.raises(install_horovod.InstallError, match="pip install"):
         install_horovod.build_wheel(wheel, ("gloo",))
     assert list(tmp_path.rglob("*.whl")) == []
+
+
+def test_source_with_another_hash_is_not_unpacked(tmp_path, monkeypatch):
+    index, folder = tmp_path / "index", tmp_path / "build"
+    index.mkdir()
+    folder.mkdir()
+    name = f"horovod-{install_horovod.HOROVOD_VERSION}"
+    with tarfile.open(index / f"{name}.tar.gz", "w:gz") as archive:
+        setup = tarfile.TarInfo(f"{name}/setup.py")
+        archive.addfile(setup, io.BytesIO(b""))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    with pytest.raises(install_horovod.InstallError, match="HASHES"):
+        install_horovod.unpack_source(folder, dict(os.environ))
+    assert [path.name for path in folder.iterdir()] == ["horovod.txt"]
 
 
 def test_wheels_are_cached_by_tensorflow_python_and_options(

@@ -66,3 +66,17 @@ def test_failure_of_a_rank_is_known_to_the_others():
         assert hvd.callbacks.lost_rank() is None
         # Neither rank ends before the other has asked.
         hvd.allgather_object(None)
+
+
+def test_ranks_share_a_key_that_each_block_makes_anew():
+    """Under MPI they exchange no messages."""
+    keys = []
+    for _ in range(2):
+        with Watchdog() as dog:
+            keys.append(dog._peers.key)
+            assert hvd.allgather_object(keys[-1]) == 2 * keys[-1:]
+    if hvd.gloo_enabled():
+        assert len(keys[0]) == len(keys[1]) == _watchdog.KEY_BYTES
+        assert keys[0] != keys[1]
+    else:
+        assert keys == [None, None]

@@ -1,5 +1,7 @@
 """The watchdog in one process, with the beats of other ranks simulated."""
 
+import contextlib
+import http.client
 import itertools
 import os
 import pathlib
@@ -27,6 +29,8 @@ IN_FLIGHT = tf.errors.UnknownError(
     "Connection reset by peer\n\t [[{{node "
     "DistributedOptimizer_float32/HorovodGroupedAllreduce}}]]",
 )
+# Signs the messages of the ranks.
+KEY = b"known to the ranks alone"
 
 
 class Clock:
@@ -64,7 +68,7 @@ def _alone(monkeypatch):
 def dog_of_rank(rank, size):
     dog = Watchdog()
     dog._rank, dog._steps = rank, 0
-    dog._peers = _watchdog.Peers(rank, size)
+    dog._peers = _watchdog.Peers(rank, size, KEY)
     return dog
 
 
@@ -72,13 +76,13 @@ def dog_of_rank(rank, size):
 def test_names_a_silent_rank_in_a_job_of_any_size(server, monkeypatch, size):
     monkeypatch.setattr(_watchdog, "time", Clock())
     dog = dog_of_rank(0, size)
-    _watchdog.Peers(1, size).beat(steps=7)
+    _watchdog.Peers(1, size, KEY).beat(steps=7)
     assert dog.lost_rank().startswith(
         f"rank 1 on {HOST} is lost: nothing has been heard of it for "
     )
     assert "after step 7 of its training" in dog.lost_rank()
     # All other ranks know it too.
-    last = _watchdog.Peers(size - 1, size)
+    last = _watchdog.Peers(size - 1, size, KEY)
     last.beat(steps=7)
     assert last.find_problem() == dog._peers.find_problem()
     # A rank that ends with an error waits until all ranks have read it.
@@ -92,7 +96,7 @@ def test_names_no_rank_that_lives(server, monkeypatch, size):
     """One of its beats is lost, and the next one is a second late."""
     clock = Clock()
     monkeypatch.setattr(_watchdog, "time", clock)
-    peers, other = (_watchdog.Peers(rank, size) for rank in (0, 1))
+    peers, other = (_watchdog.Peers(rank, size, KEY) for rank in (0, 1))
     other.beat(steps=1)
     peers.beat(steps=1)
     clock.sleep(2 * peers.period + 1)
@@ -118,9 +122,71 @@ def test_without_a_server_none_is_found_at_once():
     assert dog._peers.find_problem() is None
 
 
+def ask_server(method, path, body=None):
+    """Sends a request to the server, as a stranger can."""
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+    )
+    with contextlib.closing(connection):
+        connection.request(method, path, body)
+        return connection.getresponse().read()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"rank 1 on h2 hangs",
+        b"\xff\xfe \xff",
+        b"0" * 64 + b" rank 1 on h2 hangs",
+        b"x" * 2 * _watchdog.MAX_ANSWER_BYTES,
+        None,
+    ],
+    ids=["empty", "text", "bytes", "signature", "long", "other_key"],
+)
+def test_problem_of_a_stranger_is_ignored(server, message):
+    """Without the key it cannot sign, and so cannot end the job."""
+    stranger, peers, other = (
+        _watchdog.Peers(rank, 2, key)
+        for rank, key in ((1, b"a guess"), (0, KEY), (1, KEY))
+    )
+    if message is None:
+        stranger.report("rank 1 on h2 hangs")
+    else:
+        ask_server("PUT", "/watchdog0/problem", message)
+    assert ask_server("GET", "/watchdog0/problem") != b"" or message == b""
+    peers.beat(steps=1)
+    assert peers.find_problem() is None
+    other.report("rank 1 on h2 failed: ü")
+    peers.beat(steps=1)
+    assert peers.find_problem() == "rank 1 on h2 failed: ü"
+    ask_server("PUT", "/watchdog0/problem", b"")
+    peers.beat(steps=1)
+    assert peers.find_problem() == "rank 1 on h2 failed: ü"
+
+
+def test_stranger_cannot_feign_the_beat_of_a_lost_rank(server, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(_watchdog, "time", clock)
+    peers, other = (_watchdog.Peers(rank, 2, KEY) for rank in (0, 1))
+    other.beat(steps=1)
+    first = ask_server("GET", "/watchdog0/rank1")
+    ask_server("PUT", "/watchdog0/problem", first)
+    other.beat(steps=2)
+    peers.beat(steps=1)
+    assert peers.known_problem is None
+    for feigned in (b"1000 h2 1", first):
+        clock.sleep(peers.silence / 2 + 0.1)
+        ask_server("PUT", "/watchdog0/rank1", feigned)
+        peers.beat(steps=1)
+    assert peers.find_problem().startswith(f"rank 1 on {HOST} is lost")
+    assert "after step 2 of its training" in peers.find_problem()
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_survivor_does_not_say_that_it_failed(server, wrapped):
+def test_survivor_does_not_say_that_it_failed(server, monkeypatch, wrapped):
     """Nor does it if a `JobError` was raised from the error."""
+    monkeypatch.setattr(_watchdog, "_shared_key", lambda: KEY)
     hvd.init()
 
     def fail():
@@ -131,7 +197,7 @@ def test_survivor_does_not_say_that_it_failed(server, wrapped):
 
     with pytest.raises(Exception, match=r"reset by peer|a disk"):
         fail()
-    other = _watchdog.Peers(1, 2)
+    other = _watchdog.Peers(1, 2, KEY)
     other.beat(steps=0)
     assert other.find_problem() is None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -199,6 +200,30 @@ def test_mpijob_is_valid():
     assert f"--config.dataset.threads={threads} " in script
 
 
+def test_mpijob_runs_as_an_ordinary_user():
+    """The image's user, whose home has the ssh keys, without capabilities."""
+    image = (LAUNCH / "Dockerfile").read_text()
+    ((uid, user),) = re.findall(
+        r"useradd --create-home --uid (\d+) (\S+)", image
+    )
+    assert re.findall(r"^USER (.*)", image, re.MULTILINE)[-1] == user
+    job = read_mpijob()
+    keys = job["spec"]["sshAuthMountPath"]
+    assert keys == f"/home/{user}/.ssh"
+    assert f"'HostKey {keys}/id_rsa'" in image
+    for role in ("Launcher", "Worker"):
+        pod = job["spec"]["mpiReplicaSpecs"][role]["template"]["spec"]
+        assert pod["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": int(uid),
+            "fsGroup": int(uid),
+        }
+        assert container(job, role)["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
 @pytest.mark.parametrize(
     ("line", "mistake", "message"),
     [
@@ -208,6 +233,7 @@ def test_mpijob_is_valid():
         ("Launcher:", "launcher:", "'launcher' was unexpected"),
         ("replicas: 1", "replicas: 2", "1 was expected"),
         ("restartPolicy: Never", "restartPolicy: Always", "'Always' is not"),
+        ("runAsUser: 1000", 'runAsUser: "me"', "not of type 'integer'"),
         ("preStop:", "prestop:", "'prestop' was unexpected"),
         ("claimName: keras-lars", "claimName: 3", "3 is not of type 'string'"),
         ("memory: 16Gi", "memory: 16GB", "'16GB' does not match"),

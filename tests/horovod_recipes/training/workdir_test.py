@@ -1,6 +1,7 @@
 """Files of a work folder that others have changed, and folders in use."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -88,6 +89,32 @@ def test_finished_run_in_a_folder_of_others_is_resumed(tmp_path):
     lock = run_folder.prepare_workdir(tmp_path, demo.get_config(), "resume")
     assert lock is None
     holder.release()
+
+
+def test_links_in_a_folder_lead_nowhere(tmp_path):
+    """A stranger's archive may hold links to files of the user."""
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    mine.mkdir()
+    (mine / "text").write_text("mine")
+    run_folder.prepare_workdir(folder, demo.get_config(), "new").release()
+    for name in (
+        run_folder.LOCK_FILE,
+        ".part-config.json",
+        ".part-summary.json",
+        "mlperf.log",
+    ):
+        (folder / name).symlink_to(mine / "text")
+    run_folder.prepare_workdir(folder, demo.get_config(), "resume").release()
+    run_folder.write_summary(folder, {"top1": 90.0})
+    handler = logs._AppendToFile(folder / "mlperf.log")
+    handler.emit(logging.makeLogRecord({"msg": "a line"}))
+    assert run_folder.read_summary(folder) == {"top1": 90.0}
+    assert (folder / "mlperf.log").read_text() == "a line\n"
+    (folder / "checkpoints").symlink_to(mine)
+    run_folder.prepare_workdir(folder, demo.get_config(), "overwrite").release()
+    assert not (folder / "checkpoints").exists()
+    assert [path.name for path in mine.iterdir()] == ["text"]
+    assert (mine / "text").read_text() == "mine"
 
 
 def test_own_file_with_the_name_of_a_lock(tmp_path):
