@@ -1,5 +1,6 @@
 """The work folder of a run: its config, its summary, and who may use it."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -97,7 +98,10 @@ class Lock:
             return False
 
     def release(self):
-        self._path.unlink(missing_ok=True)
+        # It may fail on the disk that ended the job, whose error must be seen.
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        # The lock itself ends here.
         self._file.close()
 
 

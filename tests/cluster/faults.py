@@ -71,7 +71,9 @@ class Fault:
         ends: Whether the job has to end; otherwise it has to go on.
         says: Regular expression. Each rank of `speakers` prints a match in an
             `error:` line; `{rank}` and `{host}` are those of the target.
-        speakers: "others", "all" or "none": the ranks that can still speak.
+        speakers: The ranks that can speak: "others", "all", "none" or "rank 0".
+            When a rank's process ends, `horovodrun` ends its connections to
+            ranks of other hosts. Then rank 0 and `horovodrun` itself speak.
         seconds: Float, the time until the outcome.
         status: Integer, the exit status of `horovodrun` if the job ends.
         at_start: Whether the fault comes before the job starts.
@@ -249,12 +251,16 @@ def second_job(target):
 
 IS_LOST = r"rank {rank} on {host} (is lost|hangs)"
 STATIC = {
-    "SIGKILL of a rank": Fault(kill_rank, says=IS_LOST, speakers="others"),
+    "SIGKILL of a rank": Fault(kill_rank, says=IS_LOST, speakers="rank 0"),
     "SIGKILL of all ranks of a host": Fault(
-        kill_host, says=IS_LOST, speakers="others", ranks=(1, 2, 3)
+        kill_host, says=IS_LOST, speakers="rank 0", ranks=(1, 2, 3)
     ),
     "SIGKILL of horovodrun": Fault(
-        kill_horovodrun, seconds=SECONDS_TO_END_SILENT, status=137, ranks=(0,)
+        kill_horovodrun,
+        seconds=SECONDS_TO_END_SILENT,
+        # `timeout` ends as its command does.
+        status=-signal.SIGKILL,
+        ranks=(0,),
     ),
     "SIGSTOP of a rank, for good": Fault(
         stop_rank,

@@ -117,6 +117,17 @@ def test_links_in_a_folder_lead_nowhere(tmp_path):
     assert (mine / "text").read_text() == "mine"
 
 
+def test_lock_whose_folder_has_gone(tmp_path):
+    """Releasing it must not hide the error that ended the job."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    lock = run_folder.Lock(workdir)
+    workdir.rename(tmp_path / "moved")
+    workdir.write_text("not a folder")
+    lock.release()
+    run_folder.Lock(tmp_path / "moved").release()
+
+
 def test_own_file_with_the_name_of_a_lock(tmp_path):
     (tmp_path / "lock").write_text("mine")
     with pytest.raises(JobError, match="do not belong to a run"):
