@@ -15,6 +15,7 @@ import sys
 from horovod_recipes._quiet import without_banner
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import missing_package
+from horovod_recipes.errors import one_line
 from horovod_recipes.planning.hardware import HARDWARE
 
 
@@ -31,7 +32,7 @@ def main(argv):
         return 1
     # Networks and schedules raise TypeError or ValueError for bad arguments.
     except (JobError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     from horovod_recipes.planning.page import as_text
     from horovod_recipes.planning.page import write_plan

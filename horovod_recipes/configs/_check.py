@@ -2,6 +2,8 @@
 
 import difflib
 
+from ml_collections import ConfigDict
+
 from horovod_recipes.data.augmentations import AUGMENTATIONS
 from horovod_recipes.data.augmentations import AUGMENTATIONS_OF_VIEWS
 from horovod_recipes.errors import JobError
@@ -79,12 +81,19 @@ TEXTS = (
 )
 # Parts of a config whose keys are the arguments of a function.
 ARGUMENTS = ("model", "optimizer", "schedule", "simclr")
+PARTS = ("dataset", *ARGUMENTS)
 # A job of more epochs has a mistake in its config.
 MOST_EPOCHS = 1_000_000
 
 
 def check_config(config):
     """Raises `JobError` if a key is missing or a value is not valid."""
+    for key in PARTS:
+        if not isinstance(config.get(key, ConfigDict()), ConfigDict):
+            raise JobError(
+                f"{key} must be a part of the config, with keys of its own, "
+                f"but is {config[key]!r}"
+            )
     for key in KEYS:
         _value(config, key)
     _check_keys(config)
@@ -239,7 +248,7 @@ def _check_simclr(config):
 
 def _value(config, key):
     for part in key.split("."):
-        if part not in config:
+        if not isinstance(config, ConfigDict) or part not in config:
             raise JobError(
                 f"the config has no {key}; see configs/_defaults.py and "
                 "configs/demo.py"
