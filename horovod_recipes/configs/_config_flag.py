@@ -4,7 +4,6 @@ import pathlib
 import traceback
 
 from absl import flags
-from ml_collections import ConfigDict
 from ml_collections import config_flags
 
 from horovod_recipes.errors import JobError

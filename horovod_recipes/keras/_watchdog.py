@@ -28,6 +28,8 @@ BEAT_PERIOD_SECONDS = 0.5
 MAX_REQUESTS_PER_SECOND = 384
 # Seconds that the server may take to answer.
 SERVER_TIMEOUT_SECONDS = 1.25
+# Bytes of a message that a rank reads.
+LONGEST_MESSAGE = 10_000
 # Seconds between reporting a problem and ending, so that other ranks read it.
 SECONDS_TO_SAY_WHY = 5
 
@@ -54,6 +56,9 @@ _FROM_HOROVOD = re.compile(
 # Errors of a request that has not reached the server.
 NOT_REACHED = (OSError, http.client.HTTPException)
 HOST = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
+
+# A beat: its number, the host and the step.
+_BEAT = re.compile(r"\d+ \S+ \d+")
 
 _running = None
 _collectives = None
@@ -344,6 +349,8 @@ class Peers:
         except NOT_REACHED:
             return
         self._server_heard = time.monotonic()
+        if heard is None or not _BEAT.fullmatch(heard):
+            return
         if heard != self._beat_of_next:
             self._beat_of_next, self._next_heard = heard, self._server_heard
 
@@ -385,5 +392,8 @@ class Peers:
             body = None if text is None else text.encode()
             connection.request(method, f"/{self._scope}/{key}", body)
             response = connection.getresponse()
-            text = response.read().decode()
-            return text if response.status == http.client.OK else None
+            # Anyone who reaches the server can write to it.
+            text = response.read(LONGEST_MESSAGE).decode(errors="replace")
+            if response.status != http.client.OK:
+                return None
+            return " ".join(text.split())

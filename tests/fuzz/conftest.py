@@ -1,6 +1,5 @@
 """The short and the full run of the fuzzers, and the file of results."""
 
-import collections
 import importlib.metadata
 import platform
 import time
@@ -29,6 +28,12 @@ hypothesis.settings.load_profile("short")
 _targets = {}
 
 
+def pytest_ignore_collect(collection_path):
+    """Leaves whole processes out of the short run."""
+    is_slow = collection_path.name == "processes_test.py"
+    return True if is_slow and not fuzzing.is_full() else None
+
+
 def pytest_addoption(parser):
     parser.addoption("--fuzz-results", help="JSON file to write after a run")
 
@@ -51,8 +56,22 @@ def pytest_runtest_logreport(report):
     if report.when == "teardown":
         results = dict(report.user_properties)
         if "fuzzed" in results:
-            name = report.nodeid.removeprefix("tests/fuzz/")
-            _targets[name.replace("_test.py::test_", ": ")] = results["fuzzed"]
+            _add(_target_of(report.nodeid), results["fuzzed"])
+
+
+def _target_of(nodeid):
+    """Returns for example `"workdir: metrics"`, for all of its parameters."""
+    room, test = nodeid.partition("[")[0].split("::")
+    room = room.rpartition("/")[2].removesuffix("_test.py")
+    return f"{room}: {test.removeprefix('test_').replace('_', ' ')}"
+
+
+def _add(target, result):
+    total = _targets.setdefault(target, {"inputs": 0, "seconds": 0.0})
+    for name, count in result["outcomes"].items():
+        total[name] = total.get(name, 0) + count
+    total["inputs"] += result["inputs"]
+    total["seconds"] = round(total["seconds"] + result["seconds"], 1)
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -60,15 +79,14 @@ def pytest_sessionfinish(session, exitstatus):
     path = getattr(options, "fuzz_results", None)
     if not path or exitstatus or hasattr(session.config, "workerinput"):
         return
-    outcomes = collections.Counter()
-    for target in _targets.values():
-        outcomes.update(target["outcomes"])
+    total = {
+        name: sum(target.get(name, 0) for target in _targets.values())
+        for name in ("inputs", fuzzing.RIGHT, fuzzing.ERROR, "seconds")
+    }
     result = {
         "command": "make fuzz",
         "seed": options.hypothesis_seed,
-        "inputs": sum(outcomes.values()),
-        "outcomes": dict(sorted(outcomes.items())),
-        "seconds": round(sum(t["seconds"] for t in _targets.values()), 1),
+        "total": total | {"seconds": round(total["seconds"], 1)},
         "targets": dict(sorted(_targets.items())),
         "versions": {
             "python": platform.python_version(),

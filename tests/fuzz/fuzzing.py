@@ -25,9 +25,9 @@ FEW = 20
 SECONDS_PER_INPUT = 60
 # Errors whose text tells a user nothing, though a command prints one line.
 UNCLEAR = re.compile(
-    r"^(error: )?(on rank \d+: )?(AssertionError|AttributeError|IndexError|KeyError|RecursionError|"
-    r"UnboundLocalError|UnicodeDecodeError|UnicodeEncodeError|"
-    r"ZeroDivisionError|OverflowError|JSONDecodeError): "
+    r"(error: )?(on rank \d+: )?(AssertionError|AttributeError|IndexError|"
+    r"KeyError|RecursionError|UnboundLocalError|UnicodeDecodeError|"
+    r"UnicodeEncodeError|ZeroDivisionError|OverflowError|JSONDecodeError): "
 )
 
 # Of the test that runs: outcome to number of inputs.
@@ -102,13 +102,15 @@ def captured():
         sys.stdout, sys.stderr = before
 
 
-def assert_clear(error):
-    """Checks the error of a function: one line, which is not a bare name."""
+def assert_clear(error, *parts):
+    """Checks the error of a function: one line, with these parts of text."""
     text = str(error)
     assert isinstance(error, (JobError, ValueError)), repr(error)
     assert text.strip(), repr(error)
     assert "\n" not in text, text
     assert not UNCLEAR.match(text), text
+    for part in parts:
+        assert part in text, text
 
 
 def assert_one_error(lines):

@@ -14,6 +14,7 @@ from horovod_recipes.configs import demo
 from horovod_recipes.configs._check import check_source
 from horovod_recipes.data import pipeline
 from horovod_recipes.data import sources
+from horovod_recipes.data.named_errors import name_in
 from horovod_recipes.data.__main__ import main as prepare
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import rehearsal
@@ -331,7 +332,7 @@ def test_any_name_of_a_corrupt_image_is_told(folder, name, action, capsys):
         return
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         list(batches)
-    assert pipeline.corrupt_image_of(error.value) == expected
+    assert name_in(error.value, pipeline.CORRUPT_IMAGE) == expected
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
@@ -347,7 +348,7 @@ def test_what_cannot_be_read_is_a_corrupt_image(folder, action):
         return
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         list(batches)
-    assert pipeline.corrupt_image_of(error.value) == str(broken)
+    assert name_in(error.value, pipeline.CORRUPT_IMAGE) == str(broken)
 
 
 def test_error_names_an_image_whose_label_is_out_of_range(folder):
