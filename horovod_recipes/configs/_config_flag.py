@@ -57,7 +57,7 @@ def parse(flag_values, argv):
         # ml_collections raises the error of reading a file only here.
         is_config = hasattr(flag_values.config, "lock")
     except flags.Error as error:
-        text = root_cause(error)
+        text = root_cause(error).removeprefix("ERROR:: ")
         if "get_config() takes 0 positional arguments" in text:
             text = f"--config={names[0]}: this config has no variants"
         raise JobError(text) from None

@@ -193,7 +193,7 @@ def check_same_config(saved, config, workdir):
     if differences:
         raise JobError(
             f"the run in {workdir} cannot continue with another config: "
-            f"{'; '.join(differences)}. Use the same values, or another "
+            f"{one_line('; '.join(differences))}. Use the same values, or another "
             "--workdir"
         )
 

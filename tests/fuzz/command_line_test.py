@@ -154,7 +154,7 @@ def changed_value(config, argument):
     return text, value
 
 
-@tries(full=1500, short=10, arguments=command_lines("--config=demo"))
+@tries(full=1000, short=10, arguments=command_lines("--config=demo"))
 def test_train(folder, arguments):
     workdir = folder / "run"
     with fuzzing.captured() as printed:
@@ -186,7 +186,7 @@ def test_train(folder, arguments):
 
 
 @tries(
-    full=1500,
+    full=1000,
     short=10,
     arguments=command_lines("--config=demo"),
     ranks=st.one_of(*[st.sampled_from([1, 2, 8])] * 3, VALUES),
@@ -270,7 +270,7 @@ def config_files(draw):
 
 
 @tries(
-    full=3000,
+    full=2500,
     short=30,
     content=config_files(),
     suffix=st.sampled_from(["", ":", ":small"]),

@@ -124,7 +124,7 @@ def pictures(tmp_path_factory):
 
 
 @tries(
-    full=600,
+    full=400,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
@@ -189,7 +189,7 @@ def shard(tmp_path_factory):
 
 
 @tries(
-    full=600,
+    full=400,
     short=6,
     data=st.data(),
     action=st.sampled_from(["stop", "skip"]),
@@ -238,7 +238,7 @@ def examples(draw, whole):
 
 
 @tries(
-    full=600,
+    full=400,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
@@ -331,7 +331,7 @@ def write_tree(folder, tree):
             path.touch()
 
 
-@tries(full=1500, short=15, tree=trees, size=st.sampled_from([None, 8]))
+@tries(full=2000, short=15, tree=trees, size=st.sampled_from([None, 8]))
 def test_folder(tmp_path_factory, tree, size):
     folder = tmp_path_factory.getbasetemp() / "folder"
     shutil.rmtree(folder, ignore_errors=True)

@@ -175,7 +175,7 @@ messages = st.one_of(
 
 
 @tries(
-    full=1500,
+    full=2000,
     short=20,
     beat=messages,
     problem=messages,

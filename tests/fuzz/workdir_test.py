@@ -143,7 +143,7 @@ draw_measured = damaged_file(
 )
 
 
-@tries(full=2500, data=st.data(), mode=st.sampled_from(["resume", "overwrite"]))
+@tries(full=2000, data=st.data(), mode=st.sampled_from(["resume", "overwrite"]))
 def test_config(whole, data, mode):
     """A folder of which it is unclear whose it is loses nothing."""
     folder = copy_of(whole)
@@ -219,7 +219,7 @@ def test_lock_file(whole, content, mode):
     return RIGHT
 
 
-@tries(full=1000, short=8, data=st.data(), name=st.sampled_from("kj"))
+@tries(full=800, short=8, data=st.data(), name=st.sampled_from("kj"))
 def test_newest_checkpoint(whole, model, data, name):
     """The one before is loaded, and a line says so."""
     folder = copy_of(whole)
@@ -304,7 +304,7 @@ SIMCLR = json.loads(simclr.get_config("digits").to_json())
 
 
 @tries(
-    full=2000,
+    full=2500,
     content=other_objects(SIMCLR)
     | fuzzing.damaged(
         json.dumps(SIMCLR).encode(), [json.dumps(CONFIG).encode()]
@@ -326,7 +326,7 @@ def test_config_of_evaluation(whole, content):
 draw_table = damaged_file("metrics.csv", "config.json", "encoder.keras")
 
 
-@tries(full=2500, short=15, data=st.data())
+@tries(full=2000, short=15, data=st.data())
 def test_metrics(whole, data):
     """A job goes on, its table is whole, and the old one is kept."""
     folder = copy_of(whole)
@@ -431,7 +431,7 @@ RUN_FILES = (
 # ml_collections loads config files in a deprecated way.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @tries(
-    full=400,
+    full=300,
     short=3,
     data=st.data(),
     names=st.lists(
