@@ -28,16 +28,7 @@ IMAGES = 6
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank():
-    with pytest.MonkeyPatch.context() as patch:
-        # Under MPI, a process cannot start Horovod again.
-        patch.setenv("HOROVOD_CONTROLLER", "gloo")
-        patch.setenv("HOROVOD_CPU_OPERATIONS", "gloo")
-        hvd.init()
-        yield
-        hvd.shutdown()
-
-
-SHARD = "mnist5k-test.tfrecord-00000-of-00001"
+    hvd.init()
 
 
 def batches_of(source, split, corrupt_images, image_size):
@@ -124,7 +115,7 @@ def pictures(tmp_path_factory):
 
 
 @tries(
-    full=400,
+    full=300,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
@@ -189,7 +180,7 @@ def shard(tmp_path_factory):
 
 
 @tries(
-    full=400,
+    full=300,
     short=6,
     data=st.data(),
     action=st.sampled_from(["stop", "skip"]),
@@ -238,7 +229,7 @@ def examples(draw, whole):
 
 
 @tries(
-    full=400,
+    full=300,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
@@ -279,7 +270,7 @@ def test_record(shard, data, number, action):
 INFO_FILES = ("dataset_info.json", "features.json")
 
 
-@tries(full=1500, short=15, data=st.data(), name=st.sampled_from(INFO_FILES))
+@tries(full=2000, short=15, data=st.data(), name=st.sampled_from(INFO_FILES))
 def test_description(shard, data, name):
     """The files beside the shards, which TFDS reads."""
     folder, _, _ = shard

@@ -77,7 +77,7 @@ def launch(stage, *command, **environment):
 
 
 @tries(
-    full=500,
+    full=300,
     short=8,
     counts=st.tuples(values, values, values),
     hosts=st.lists(st.sampled_from(["n1", "n2", "node-3.x"]), max_size=3),
@@ -112,7 +112,7 @@ def test_slurm(stage, counts, hosts, is_right):
 HOSTFILE = b"job-worker-0.job.default.svc slots=2\njob-worker-1.job slots=4\n"
 
 
-@tries(full=500, short=8, content=fuzzing.damaged(HOSTFILE, [b"a\n", b"\n"]))
+@tries(full=300, short=8, content=fuzzing.damaged(HOSTFILE, [b"a\n", b"\n"]))
 def test_hostfile_of_an_mpijob(stage, content):
     path = stage / "hostfile"
     path.write_bytes(content)
@@ -175,7 +175,7 @@ messages = st.one_of(
 
 
 @tries(
-    full=2000,
+    full=2500,
     short=20,
     beat=messages,
     problem=messages,

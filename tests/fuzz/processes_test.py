@@ -3,6 +3,8 @@
 Only `make fuzz` runs them: importing TensorFlow takes longer than the rest.
 """
 
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from tests.fuzz import fuzzing
 from tests.fuzz.fuzzing import ERROR
 from tests.fuzz.fuzzing import RIGHT
 
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = (
     *("--config=demo", "--config.model.filters=2", "--config.epochs=2"),
     *("--config.schedule.warmup_epochs=1", "--config.evaluate_every_epochs=1"),
@@ -49,6 +52,7 @@ def run(folder, command):
     result = subprocess.run(
         [sys.executable, "-m", f"horovod_recipes.{module}", *arguments],
         cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
