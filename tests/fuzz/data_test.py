@@ -24,6 +24,7 @@ from tests.fuzz.fuzzing import RIGHT
 from tests.fuzz.fuzzing import tries
 
 IMAGES = 6
+SHARD = "mnist5k-test.tfrecord-00000-of-00001"
 
 
 @pytest.fixture(scope="module", autouse=True)
