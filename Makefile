@@ -151,8 +151,9 @@ gpu-build-test: .settings
 # The seed is kept in the results. A failure prints how to see it again.
 FUZZ_SEED ?= 17
 fuzz: .venv/done $(DATA)
-	$(JOB) $(PYTEST) $(TWO_AT_A_TIME) tests/fuzz --hypothesis-profile=full \
-	  --hypothesis-seed=$(FUZZ_SEED) --fuzz-results=docs/results/fuzz.json
+	$(JOB) $(PYTEST) --numprocesses=2 --dist=load tests/fuzz \
+	  --hypothesis-profile=full --hypothesis-seed=$(FUZZ_SEED) \
+	  --fuzz-results=docs/results/fuzz.json
 
 ## compat          test the oldest and the newest TensorFlow and Keras
 COMPAT_TESTS := $(addprefix tests/keras_lars/, keras_names_test.py \

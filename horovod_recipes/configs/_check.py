@@ -264,7 +264,7 @@ def _check_simclr(config):
 
 def _value(config, key):
     for part in key.split("."):
-        if not isinstance(config, ConfigDict) or part not in config:
+        if part not in config:
             raise JobError(
                 f"the config has no {key}; see configs/_defaults.py and "
                 "configs/demo.py"

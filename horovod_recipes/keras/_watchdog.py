@@ -349,7 +349,7 @@ class Peers:
         except NOT_REACHED:
             return
         self._server_heard = time.monotonic()
-        if heard is None or not _BEAT.fullmatch(heard):
+        if heard is not None and not _BEAT.fullmatch(heard):
             return
         if heard != self._beat_of_next:
             self._beat_of_next, self._next_heard = heard, self._server_heard

@@ -153,7 +153,7 @@ def changed_value(config, argument):
     return text, value
 
 
-@tries(full=800, short=10, arguments=command_lines("--config=demo"))
+@tries(full=600, short=10, arguments=command_lines("--config=demo"))
 def test_train(folder, arguments):
     workdir = folder / "run"
     with fuzzing.captured() as printed:
@@ -185,7 +185,7 @@ def test_train(folder, arguments):
 
 
 @tries(
-    full=800,
+    full=600,
     short=10,
     arguments=command_lines("--config=demo"),
     ranks=st.one_of(*[st.sampled_from([1, 2, 8])] * 3, VALUES),

@@ -116,7 +116,7 @@ def pictures(tmp_path_factory):
 
 
 @tries(
-    full=300,
+    full=200,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
@@ -181,7 +181,7 @@ def shard(tmp_path_factory):
 
 
 @tries(
-    full=300,
+    full=200,
     short=6,
     data=st.data(),
     action=st.sampled_from(["stop", "skip"]),
@@ -230,7 +230,7 @@ def examples(draw, whole):
 
 
 @tries(
-    full=300,
+    full=200,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
@@ -323,7 +323,7 @@ def write_tree(folder, tree):
             path.touch()
 
 
-@tries(full=2000, short=15, tree=trees, size=st.sampled_from([None, 8]))
+@tries(full=1500, short=15, tree=trees, size=st.sampled_from([None, 8]))
 def test_folder(tmp_path_factory, tree, size):
     folder = tmp_path_factory.getbasetemp() / "folder"
     shutil.rmtree(folder, ignore_errors=True)

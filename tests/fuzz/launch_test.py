@@ -175,7 +175,7 @@ messages = st.one_of(
 
 
 @tries(
-    full=2500,
+    full=3000,
     short=20,
     beat=messages,
     problem=messages,

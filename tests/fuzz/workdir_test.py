@@ -143,7 +143,7 @@ draw_measured = damaged_file(
 )
 
 
-@tries(full=2000, data=st.data(), mode=st.sampled_from(["resume", "overwrite"]))
+@tries(full=1500, data=st.data(), mode=st.sampled_from(["resume", "overwrite"]))
 def test_config(whole, data, mode):
     """A folder of which it is unclear whose it is loses nothing."""
     folder = copy_of(whole)
@@ -169,7 +169,7 @@ def test_config(whole, data, mode):
 
 
 @tries(
-    full=2000,
+    full=1500,
     content=other_objects(SUMMARY)
     | fuzzing.damaged(json.dumps(SUMMARY).encode(), [b"epoch,step\n1,4\n"]),
 )
@@ -219,7 +219,7 @@ def test_lock_file(whole, content, mode):
     return RIGHT
 
 
-@tries(full=600, short=8, data=st.data(), name=st.sampled_from("kj"))
+@tries(full=500, short=8, data=st.data(), name=st.sampled_from("kj"))
 def test_newest_checkpoint(whole, model, data, name):
     """The one before is loaded, and a line says so."""
     folder = copy_of(whole)
@@ -268,7 +268,7 @@ def assert_usable(measured):
     TargetTop1(measured.get("target_top1"), True, measured).measured()
 
 
-@tries(full=200, short=4, data=st.data())
+@tries(full=150, short=4, data=st.data())
 def test_all_checkpoints(whole, model, data):
     folder = copy_of(whole)
     for path in checkpoints.saved_steps(folder).values():
@@ -286,7 +286,7 @@ def test_all_checkpoints(whole, model, data):
     return RIGHT
 
 
-@tries(full=600, short=4, data=st.data())
+@tries(full=400, short=4, data=st.data())
 def test_encoder(whole, data):
     folder = copy_of(whole)
     content = data.draw(draw_keras(whole))
@@ -326,7 +326,7 @@ def test_config_of_evaluation(whole, content):
 draw_table = damaged_file("metrics.csv", "config.json", "encoder.keras")
 
 
-@tries(full=2000, short=15, data=st.data())
+@tries(full=1500, short=15, data=st.data())
 def test_metrics(whole, data):
     """A job goes on, its table is whole, and the old one is kept."""
     folder = copy_of(whole)
@@ -430,7 +430,7 @@ RUN_FILES = (
 # ml_collections loads config files in a deprecated way.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @tries(
-    full=200,
+    full=120,
     short=3,
     data=st.data(),
     names=st.lists(

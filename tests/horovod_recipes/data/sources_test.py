@@ -100,7 +100,6 @@ def test_record_that_lacks_a_part_is_named(tmp_path):
         ("dataset_info.json", b""),
         ("dataset_info.json", b"\xe4"),
         ("dataset_info.json", b'{"name": "mnist5k"}'),
-        ("features.json", b"[]"),
     ],
 )
 def test_damaged_description_is_refused(tmp_path, name, content):
