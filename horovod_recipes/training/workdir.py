@@ -193,8 +193,8 @@ def check_same_config(saved, config, workdir):
     if differences:
         raise JobError(
             f"the run in {workdir} cannot continue with another config: "
-            f"{one_line('; '.join(differences))}. Use the same values, or another "
-            "--workdir"
+            f"{one_line('; '.join(differences))}. Use the same values, or "
+            "another --workdir"
         )
 
 
