@@ -47,7 +47,7 @@ ANY_BACKEND_TESTS := $(addprefix tests/keras_lars/, \
   exactness_test.py schedules_test.py callbacks_test.py trust_ratio_test.py)
 
 .PHONY: help demo demo-simclr demo-seeds test lint docs unit-tests parallel-tests \
-  mpi-tests job-tests test-cluster chaos many-ranks slurm-tests torch-tests \
+  mpi-tests job-tests test-cluster chaos many-ranks fuzz slurm-tests torch-tests \
   gpu-build-test compat compat-oldest compat-newest bench clean always
 
 ## help            list the targets
@@ -158,6 +158,14 @@ gpu-build-test: .settings
 	build/gpu/bin/python -m horovod_recipes.install_horovod --gpu
 	$(JOB) build/gpu/bin/python -m pytest tests/gpu_build
 	rm -rf build/gpu
+
+## fuzz            try 20,000 inputs that are not as they should be
+# The seed is kept in the results. A failure prints how to see it again.
+FUZZ_SEED ?= 17
+fuzz: .venv/done $(DATA)
+	$(JOB) $(PYTEST) --numprocesses=2 --dist=load tests/fuzz \
+	  --hypothesis-profile=full --hypothesis-seed=$(FUZZ_SEED) \
+	  --fuzz-results=docs/results/fuzz.json
 
 ## compat          test the oldest and the newest TensorFlow and Keras
 COMPAT_TESTS := $(addprefix tests/keras_lars/, keras_names_test.py \

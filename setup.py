@@ -40,6 +40,7 @@ setuptools.setup(
         "bench": ["jax", "matplotlib", "optax"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
+            "hypothesis",
             "ipykernel",
             "jax",
             "jsonschema",

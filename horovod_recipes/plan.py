@@ -15,6 +15,7 @@ import sys
 from horovod_recipes._quiet import without_banner
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import missing_package
+from horovod_recipes.errors import one_line
 from horovod_recipes.planning.hardware import HARDWARE
 
 
@@ -26,19 +27,21 @@ def main(argv):
             print(__doc__, flags, sep="")
             return 0
         name, plan = run(flags, argv)
+        show(name, plan, flags.output)
     except ModuleNotFoundError as error:
         print(f"error: {missing_package(error)}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"error: cannot write to --output={flags.output}: "
+            f"{error.strerror}; choose a writable folder",
+            file=sys.stderr,
+        )
+        return 1
     # Networks and schedules raise TypeError or ValueError for bad arguments.
     except (JobError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    from horovod_recipes.planning.page import as_text
-    from horovod_recipes.planning.page import write_plan
-
-    print(as_text(plan, name))
-    if flags.output:
-        write_plan(plan, pathlib.Path(flags.output))
     return 0
 
 
@@ -81,6 +84,16 @@ def run(flags, argv):
         if flags[flag].value is None:
             raise JobError(f"--{flag} is missing: {flags[flag].help}")
     return name, make_plan(flags.config, flags.ranks, flags.hardware)
+
+
+def show(name, plan, folder):
+    """Prints a plan, and writes it to a folder if there is one."""
+    from horovod_recipes.planning.page import as_text
+    from horovod_recipes.planning.page import write_plan
+
+    print(as_text(plan, name))
+    if folder:
+        write_plan(plan, pathlib.Path(folder))
 
 
 if __name__ == "__main__":

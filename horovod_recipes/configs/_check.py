@@ -2,6 +2,8 @@
 
 import difflib
 
+from ml_collections import ConfigDict
+
 from horovod_recipes.data.augmentations import AUGMENTATIONS
 from horovod_recipes.data.augmentations import AUGMENTATIONS_OF_VIEWS
 from horovod_recipes.errors import JobError
@@ -79,12 +81,23 @@ TEXTS = (
 )
 # Parts of a config whose keys are the arguments of a function.
 ARGUMENTS = ("model", "optimizer", "schedule", "simclr")
+PARTS = ("dataset", *ARGUMENTS)
 # A job of more epochs has a mistake in its config.
 MOST_EPOCHS = 1_000_000
+# So has one with a larger number of examples, images or steps.
+MOST_OF_A_COUNT = 10**12
+# The largest float32.
+HIGHEST_RATE = 3.4e38
 
 
 def check_config(config):
     """Raises `JobError` if a key is missing or a value is not valid."""
+    for key in PARTS:
+        if not isinstance(config.get(key, ConfigDict()), ConfigDict):
+            raise JobError(
+                f"{key} must be a part of the config, with keys of its own, "
+                f"but is {config[key]!r}"
+            )
     for key in KEYS:
         _value(config, key)
     _check_keys(config)
@@ -142,6 +155,12 @@ def _check_numbers(config):
             raise JobError(
                 f"{key} must be 1 or more, but is {_value(config, key)}"
             )
+    for key in COUNTS:
+        if _value(config, key) > MOST_OF_A_COUNT:
+            raise JobError(
+                f"{key} must be at most {MOST_OF_A_COUNT:,}, but is "
+                f"{_value(config, key)}"
+            )
     for key in ("dataset.image_size", "dataset.threads"):
         if _value(config, key) is not None and _value(config, key) < 1:
             raise JobError(
@@ -152,6 +171,12 @@ def _check_numbers(config):
         raise JobError(
             "schedule.warmup_epochs must be 0 or more and below the "
             f"{config.epochs} epochs, but is {config.schedule.warmup_epochs}"
+        )
+    rate = config.schedule.peak_learning_rate
+    if not 0 <= rate <= HIGHEST_RATE:
+        raise JobError(
+            "schedule.peak_learning_rate must be from 0 to the largest "
+            f"float32, but is {rate}"
         )
     if not 0 <= config.label_smoothing < 1:
         raise JobError(

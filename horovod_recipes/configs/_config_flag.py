@@ -1,7 +1,7 @@
 """The flags --config=NAME[:VARIANT] and --config.KEY=VALUE of a command."""
 
 import pathlib
-import sys
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
@@ -14,16 +14,21 @@ CONFIGS = pathlib.Path(__file__).parent
 CONFIG_CHOICES = "give the path of a file, or one of " + ", ".join(
     sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
 )
+# The command line, where ml_collections looks for the changes to the config.
+# It would look in `sys.argv` before `parse` can name a mistake there.
+_arguments = []
 
 
 def define_config(flag_values):
     """Defines --config in `flag_values`."""
+    _arguments.clear()
     config_flags.DEFINE_config_file(
         "config",
         None,
         f"What to train: {CONFIG_CHOICES}. You can change every key of it: "
         "--config.epochs=10, --config.schedule.power=1.0 and so on.",
         flag_values=flag_values,
+        sys_argv=_arguments,
     )
 
 
@@ -37,44 +42,42 @@ def parse(flag_values, argv):
     if "--config" in argv[:-1]:
         index = argv.index("--config")
         argv[index : index + 2] = [f"--config={argv[index + 1]}"]
-    names = [a.removeprefix("--config=") for a in argv if "--config=" in a]
+    given = [a for a in argv if a.startswith("--config=")]
+    names = [argument.removeprefix("--config=") for argument in given]
     if not names:
         raise JobError(f"--config is missing: {CONFIG_CHOICES}")
     if len(names) > 1:
         raise JobError(f"--config is there {len(names)} times; give one")
-    # ml_collections looks in `sys.argv` for the changes that follow --config.
-    argv.remove(f"--config={names[0]}")
-    argv.insert(1, config_flag(names[0]))
-    sys.argv = argv
+    argv.remove(given[0])
+    path, variant = find_config(names[0])
+    argv.insert(1, f"--config={path}{variant}")
+    _arguments[:] = argv
     try:
         rest = flag_values(argv)[1:]
-    except AttributeError as error:
-        # ml_collections wraps a KeyError. `str` of that would add quotes.
-        cause = error.args[0]
-        text = cause.args[0] if isinstance(cause, KeyError) else cause
-        raise JobError(
-            f"unknown key of the config: {one_line(text)}; a config file of "
-            "your own can add arguments to optimizer, schedule and model"
-        ) from None
+        # ml_collections raises the error of reading a file only here.
+        is_config = hasattr(flag_values.config, "lock")
     except flags.Error as error:
-        text = root_cause(error)
+        text = root_cause(error).removeprefix("ERROR:: ")
         if "get_config() takes 0 positional arguments" in text:
             text = f"--config={names[0]}: this config has no variants"
         raise JobError(text) from None
     except JobError as error:
         raise JobError(f"--config={names[0]}: {error}") from None
-    except Exception as error:  # A config file can raise any error.
+    except (Exception, SystemExit) as error:  # A file can raise any error.
+        raise JobError(_why_not_loaded(error, names[0], path)) from None
+    if not is_config:
         raise JobError(
-            f"cannot load --config={names[0]}: {type(error).__name__}: "
-            f"{root_cause(error)}"
-        ) from None
+            f"--config={names[0]}: get_config() gives "
+            f"{type(flag_values.config).__name__} and not a ConfigDict; does "
+            "it end with `return config`?"
+        )
     if rest:
         raise JobError(f"unknown argument {rest[0]!r}")
     return names[0]
 
 
-def config_flag(name):
-    """Returns `--config=PATH[:VARIANT]` for a packaged name or a path."""
+def find_config(name):
+    """Returns the path of a config's file, and `":VARIANT"` or `""`."""
     stem, colon, variant = name.partition(":")
     for path in (CONFIGS / f"{stem}.py", pathlib.Path(stem)):
         if path.is_file():
@@ -82,5 +85,25 @@ def config_flag(name):
             # Otherwise ml_collections calls get_config of an earlier config.
             if "get_config" not in text and "import *" not in text:
                 raise JobError(f"{path} has no function get_config")
-            return f"--config={path}{colon}{variant}"
+            return path, colon + variant
     raise JobError(f"unknown config {stem!r}: {CONFIG_CHOICES}")
+
+
+def _why_not_loaded(error, name, path):
+    """Returns the message for an error of a config's file, or of a change."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if f.filename == str(path)]
+    if isinstance(error, (AttributeError, KeyError)) and not lines:
+        # ml_collections wraps a KeyError. `str` of that would add quotes.
+        while isinstance(error.args[0], KeyError):
+            error = error.args[0]
+        return (
+            f"unknown key of the config: {one_line(error.args[0])}; a config "
+            "file of your own can add arguments to optimizer, schedule and "
+            "model"
+        )
+    place = f", in line {lines[-1]}" if lines else ""
+    return (
+        f"cannot load --config={name}: {type(error).__name__}: "
+        f"{root_cause(error)}{place}"
+    )

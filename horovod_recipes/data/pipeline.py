@@ -5,21 +5,23 @@ The shuffle buffer holds encoded images. Batches are uint8; the model converts
 them to floats.
 """
 
-import base64
 import dataclasses
-import re
 import sys
 
 import tensorflow as tf
 
 from horovod_recipes.data.augmentations import AUGMENTATIONS
 from horovod_recipes.data.decoding import is_whole_jpeg
+from horovod_recipes.data.named_errors import error_if_any
+from horovod_recipes.data.named_errors import printable
 
 # Images that one thread parses and decodes together.
 # The fixed cost of a group is negligible at this size.
 IMAGES_PER_GROUP = 32
 # Batches prepared in advance. The second one absorbs a slow batch.
 PREFETCHED_BATCHES = 2
+# How the error of a corrupt image begins.
+CORRUPT_IMAGE = "corrupt image: "
 
 
 class CorruptImages:
@@ -42,7 +44,7 @@ class CorruptImages:
             names: String tensor, the names of the corrupt images; may be empty.
         """
         if self.action == "stop":
-            return _error_if_any("corrupt image: ", names)
+            return error_if_any(CORRUPT_IMAGE, names)
         return tf.cond(
             tf.equal(tf.size(names), 0),
             lambda: True,
@@ -51,7 +53,7 @@ class CorruptImages:
 
     def _skip(self, names):
         for name in names:
-            name = _printable(name)
+            name = printable(name)
             if name not in self.names:
                 self.names.add(name)
                 print(f"warning: skipped corrupt image {name}", file=sys.stderr)
@@ -247,7 +249,7 @@ def _decode(records, source, augmentation, key, shape, rank_input):
         with tf.control_dependencies(
             [
                 rank_input.corrupt_images.handle(corrupt),
-                _error_if_any(
+                error_if_any(
                     f"label out of the range 0 to {source.num_classes - 1}: ",
                     unknown,
                 ),
@@ -258,34 +260,6 @@ def _decode(records, source, augmentation, key, shape, rank_input):
     return records.batch(IMAGES_PER_GROUP).map(
         decode_group, num_parallel_calls=rank_input.threads
     )
-
-
-def _error_if_any(message, names):
-    """Returns an operation that fails and names the first name, if any.
-
-    TensorFlow quotes and cuts text in errors, and needs UTF-8. So the name
-    follows once more, in base64.
-    """
-    first = tf.strings.reduce_join(names[:1])
-    text = tf.strings.unicode_transcode(first, "UTF-8", "UTF-8")
-    encoded = tf.io.encode_base64(first, pad=True)
-    return tf.debugging.Assert(
-        tf.equal(tf.size(names), 0),
-        [tf.strings.join([message, text, " (base64:", encoded, ")"])],
-    )
-
-
-def corrupt_image_of(error):
-    """Returns the name of the corrupt image that an error is about, or None."""
-    found = re.search(
-        r"corrupt image: .*?\(base64:([\w=-]+)\)", str(error), re.DOTALL
-    )
-    return found and _printable(base64.urlsafe_b64decode(found[1]))
-
-
-def _printable(name):
-    """Returns the bytes of a name as text of one line."""
-    return name.decode(errors="backslashreplace").replace("\n", "\\n")
 
 
 def _too_few_images(element_spec):

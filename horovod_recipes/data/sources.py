@@ -10,12 +10,15 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import horovod_recipes.data.datasets  # noqa: F401  registers the builders
+from horovod_recipes.data.named_errors import error_if_any
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 
 # Files read in turns, which separates images that are neighbours in a file.
 INTERLEAVED_FILES = 16
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# How the error of a shard begins that has too few whole records.
+DAMAGED_SHARD = "damaged shard: "
 
 
 def load_source(name, data_dir, splits=None):
@@ -59,6 +62,12 @@ def find_builder(name, data_dir):
         raise JobError(
             f"unknown dataset {name!r}: neither TFDS nor "
             f"horovod_recipes.data.datasets has it ({one_line(error)})"
+        ) from None
+    except Exception as error:  # A damaged file of TFDS can raise any error.
+        raise JobError(
+            f"cannot read what describes the dataset {name!r} on disk "
+            f"({one_line(error)}); delete its folder, and prepare it again "
+            f"with: python -m horovod_recipes.data {name}"
         ) from None
 
 
@@ -145,18 +154,21 @@ class TfdsSource:
             A dict of `[batch]` tensors: `image`, the JPEG or PNG as a string;
             `label`, int64; and `name`, the file and the position in it.
         """
+        file = tf.strings.regex_replace(path, ".*/", "")
+        names = tf.strings.join([file, "__", tf.strings.as_string(place)])
         example = tf.io.parse_example(
             record,
             {
                 self._image: tf.io.FixedLenFeature([], tf.string),
                 self._label: tf.io.FixedLenFeature([], tf.int64),
             },
+            # For its errors.
+            example_names=names,
         )
-        file = tf.strings.regex_replace(path, ".*/", "")
         return {
             "image": example[self._image],
             "label": example[self._label],
-            "name": tf.strings.join([file, "__", tf.strings.as_string(place)]),
+            "name": names,
         }
 
 
@@ -165,11 +177,24 @@ def _read_part(path, skip, take):
 
     It zips datasets: a `map` per record would take longer than the reading.
     """
+    # TensorFlow's own errors do not name the file.
+    records = tf.data.TFRecordDataset(path).skip(skip).take(take)
+    records = records.ignore_errors().concatenate(_error_of_shard(path))
     return tf.data.Dataset.zip(
-        tf.data.TFRecordDataset(path).skip(skip).take(take),
+        records.take(take),
         tf.data.Dataset.from_tensors(path).repeat(),
         tf.data.Dataset.range(skip, tf.int64.max),
     )
+
+
+def _error_of_shard(path):
+    """Returns a dataset whose only element is an error that names a file."""
+
+    def fail(path):
+        with tf.control_dependencies([error_if_any(DAMAGED_SHARD, path[None])]):
+            return tf.identity(path)
+
+    return tf.data.Dataset.from_tensors(path).map(fail)
 
 
 class FolderSource:

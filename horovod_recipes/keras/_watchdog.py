@@ -423,7 +423,7 @@ class Peers:
         _, _, text = answer.partition(b" ")
         # A copy of another message is not signed for this path.
         is_of_a_rank = hmac.compare_digest(answer, self._signed(path, text))
-        return text.decode() if is_of_a_rank else None
+        return " ".join(text.decode().split()) if is_of_a_rank else None
 
     def _signed(self, path, text):
         message = b" ".join((path.encode(), text))

@@ -107,7 +107,7 @@ def scaling_lines(rows):
 def bars(values, width=60):
     """Returns a line of bars that shows non-negative values."""
     indices = np.linspace(0, len(values) - 1, width).round().astype(int)
-    heights = np.array(values)[indices] / max(values)
+    heights = np.array(values)[indices] / (max(values) or 1)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * height)] for height in heights)
 
 

@@ -4,8 +4,10 @@ import contextlib
 import inspect
 
 import keras
+import tensorflow as tf
 
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import root_cause
 from horovod_recipes.models import MODELS
 from horovod_recipes.models.heads import simclr_network
 from keras_lars import LARS
@@ -105,10 +107,13 @@ def create_network(config, image_shape):
     Args:
         config: The recipe's `ConfigDict`.
         image_shape: Tuple `(height, width, channels)`.
+
+    Raises:
+        JobError: If it does not fit into the memory of this process.
     """
     arguments = dict(config.model)
     create = MODELS[arguments.pop("name")]
-    with _dtype_policy(config.precision):
+    with _dtype_policy(config.precision), _network_that_fits(config.model):
         network = create(
             image_shape=image_shape,
             num_classes=config.dataset.num_classes,
@@ -122,6 +127,18 @@ def create_network(config, image_shape):
             config.simclr.embedding_size,
             arguments.get("batch_norm", "micro_batch"),
         )
+
+
+@contextlib.contextmanager
+def _network_that_fits(arguments):
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise JobError(
+            f"cannot make the network of model.name={arguments.name} "
+            f"({root_cause(error)}); lower its arguments, dataset.image_size "
+            "or dataset.num_classes"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -177,6 +177,9 @@ class RestoreMetrics(keras.callbacks.Callback):
     Args:
         metric_sums: The sums that `StopOnSigterm` saved, on one rank; None on
             the other ranks.
+
+    Raises:
+        JobError: In the first step, if the model has other metrics.
     """
 
     def __init__(self, metric_sums):
@@ -186,8 +189,16 @@ class RestoreMetrics(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # Keras only creates the metrics' variables in the first step.
         if self._metric_sums:
+            variables = _metric_variables(self)
+            if len(variables) != len(self._metric_sums):
+                raise JobError(
+                    f"the checkpoint has {len(self._metric_sums)} metric_sums, "
+                    f"but the job has {len(variables)}; take them out of the "
+                    "JSON file beside it, and the metrics of this epoch begin "
+                    "here"
+                )
             for variable, total in zip(
-                _metric_variables(self), self._metric_sums, strict=True
+                variables, self._metric_sums, strict=True
             ):
                 variable.assign_add(tf.cast(total, variable.dtype))
             self._metric_sums = None
@@ -218,12 +229,7 @@ class TargetTop1(keras.callbacks.Callback):
         # A resumed job may have another target.
         if target is not None and measured.get("target_top1") == target:
             self._reached = {
-                key: measured[key]
-                for key in (
-                    "target_top1",
-                    "epochs_to_target",
-                    "seconds_to_target",
-                )
+                key: measured[key] for key in checkpoints.TARGET_KEYS
             }
 
     def on_epoch_end(self, epoch, logs=None):

@@ -5,6 +5,7 @@ without Horovod. A JSON file beside it holds what the job had measured.
 """
 
 import contextlib
+import errno
 import json
 import re
 import sys
@@ -13,7 +14,11 @@ import keras
 
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
+from horovod_recipes.training.workdir import is_number
 from keras_lars._files import written_atomically
+
+# What a job has measured when it has reached its target.
+TARGET_KEYS = ("target_top1", "epochs_to_target", "seconds_to_target")
 
 
 def saved_steps(workdir):
@@ -112,22 +117,29 @@ def _load_newest(paths):
 
 def _is_of_the_machine(error):
     """Whether loading failed for another reason than the file's content."""
-    # What reads the weights raises an OSError without a number for a cut file.
-    is_missing = isinstance(error, FileNotFoundError)
+    # What reads the weights raises an OSError without a number for a cut file,
+    # and EINVAL where the file names a place before its begin.
+    of_the_file = (None, 0, errno.ENOENT, errno.EINVAL)
     return isinstance(error, MemoryError) or (
-        isinstance(error, OSError) and bool(error.errno) and not is_missing
+        isinstance(error, OSError) and error.errno not in of_the_file
     )
 
 
 def _read_measured(path):
     measured = json.loads(path.read_text())
-    numbers = ("seconds", "seconds_to_target", "epochs_to_target")
     if not isinstance(measured, dict) or any(
-        not isinstance(measured[name], int | float)
-        for name in numbers
-        if name in measured
+        name in measured and not is_number(measured[name])
+        for name in ("seconds", *TARGET_KEYS)
     ):
         raise ValueError("it does not have what a job measures")
+    if 0 < len(measured.keys() & TARGET_KEYS) < len(TARGET_KEYS):
+        raise ValueError("it lacks a part of the target")
+    sums = measured.get("metric_sums", [])
+    # A sum may be infinite or NaN, as the loss of a step may be.
+    if not isinstance(sums, list) or not all(
+        isinstance(value, int | float) for value in sums
+    ):
+        raise ValueError("its metric_sums are not numbers")
     return measured
 
 

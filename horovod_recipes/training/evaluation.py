@@ -13,6 +13,7 @@ import keras
 from ml_collections import ConfigDict
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.configs._check import check_config
 from horovod_recipes.configs._check import check_source
 from horovod_recipes.data.pipeline import CorruptImages
 from horovod_recipes.data.sources import load_source
@@ -104,12 +105,21 @@ def read_job(workdir):
             f"no run in {workdir}: it has no config.json of a run; train one: "
             "python -m horovod_recipes.train --config=simclr:... --workdir=..."
         )
-    if saved["task"] != "simclr":
+    try:
+        config = ConfigDict(saved)
+        check_config(config)
+    except (JobError, ValueError) as error:
+        # ConfigDict refuses some keys.
         raise JobError(
-            f"the run in {workdir} has task={saved['task']} and no encoder; "
+            f"{workdir / 'config.json'} is damaged, or of another version: "
+            f"{one_line(error)}"
+        ) from None
+    if config.task != "simclr":
+        raise JobError(
+            f"the run in {workdir} has task={config.task} and no encoder; "
             "its top-1 is in summary.json"
         )
-    return ConfigDict(saved)
+    return config
 
 
 def load_encoder(workdir):

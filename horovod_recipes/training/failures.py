@@ -6,7 +6,9 @@ import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.data.pipeline import corrupt_image_of
+from horovod_recipes.data.named_errors import name_in
+from horovod_recipes.data.pipeline import CORRUPT_IMAGE
+from horovod_recipes.data.sources import DAMAGED_SHARD
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 from horovod_recipes.errors import root_cause
@@ -48,13 +50,25 @@ def explained():
         yield
     except hvd.callbacks.ReplicasDiffer as error:
         raise JobError(str(error)) from error
+    except UnicodeDecodeError as error:
+        if b"IteratorGetNext" not in error.object:
+            raise
+        # TensorFlow puts bytes of a damaged file into its message.
+        message = error.object.decode(errors="backslashreplace")
+        raise JobError(
+            f"rank {hvd.rank()} failed: {one_line(message)}"
+        ) from error
     except (*SHUTDOWN_ERRORS, OSError) as error:
         raise _stop_reason(error) from error
 
 
 def _stop_reason(error):
-    corrupt = corrupt_image_of(error)
-    if corrupt:
+    if shard := name_in(error, DAMAGED_SHARD):
+        return JobError(
+            f"rank {hvd.rank()} cannot read all of the shard {shard}: it is "
+            "damaged, or not readable; copy it or prepare the dataset again"
+        )
+    if corrupt := name_in(error, CORRUPT_IMAGE):
         return JobError(
             f"rank {hvd.rank()} found a corrupt image: {corrupt}; replace "
             "it, or train without it: --config.dataset.corrupt_images=skip"

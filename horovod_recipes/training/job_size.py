@@ -1,8 +1,12 @@
 """Computes the size of a job: its batches and its number of updates."""
 
 import dataclasses
+import math
 
 from horovod_recipes.errors import JobError
+
+# A job of more updates has a mistake in its config.
+MOST_STEPS = 20_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,31 +49,42 @@ def job_size(config, ranks):
 
     Raises:
         JobError: If the global batch is not divisible by the ranks, if the
-            dataset is too small for the ranks or the batch, or if a micro-batch
-            is too small for SimCLR.
+            dataset is too small for the ranks or the batch, if a micro-batch
+            is too small for SimCLR, or if the job has too many updates.
     """
     _check_ranks(config, ranks)
     share = config.global_batch_size // ranks
-    fewest = -(-share // config.max_micro_batch_size)
-    accumulation_steps = next(
-        n for n in range(fewest, share + 1) if share % n == 0
+    micro_batch_size = max(
+        n for n in _divisors(share) if n <= config.max_micro_batch_size
     )
-    micro_batch_size = share // accumulation_steps
     if config.task == "simclr" and micro_batch_size < 2:
         raise JobError(
             "task=simclr needs 2 images or more in a micro-batch, for batch "
             "norm; use fewer ranks, a larger global_batch_size or a larger "
             "max_micro_batch_size"
         )
-    return JobSize(
+    size = JobSize(
         ranks=ranks,
         micro_batch_size=micro_batch_size,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=share // micro_batch_size,
         steps_per_epoch=(
             config.dataset.train_examples // config.global_batch_size
         ),
         epochs=config.epochs,
     )
+    if size.steps > MOST_STEPS:
+        raise JobError(
+            f"{size.epochs:,} epochs of {size.steps_per_epoch:,} updates are "
+            f"more than {MOST_STEPS:,} updates; use fewer epochs, or a larger "
+            "global_batch_size"
+        )
+    return size
+
+
+def _divisors(number):
+    """Returns the divisors of a number."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return [*small, *(number // n for n in small)]
 
 
 def _check_ranks(config, ranks):

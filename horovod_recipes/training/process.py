@@ -9,6 +9,7 @@ from absl import logging
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
 from keras_lars import _xla_flags
 
 
@@ -78,6 +79,6 @@ def end_with_error(error):
     horovodrun kills all ranks as soon as one exits. The shutdown stops them,
     and the wait lets them print why.
     """
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     hvd.shutdown()
     time.sleep(hvd.callbacks.SECONDS_TO_SAY_WHY)

@@ -3,11 +3,13 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
 
 from horovod_recipes.errors import JobError
+from horovod_recipes.errors import one_line
 from keras_lars._files import written_atomically
 
 # Files and folders that a run writes and --overwrite deletes.
@@ -64,7 +66,8 @@ class Lock:
             # In a stranger's folder, it may lead to a file outside of it.
             self._path.unlink()
         while True:
-            self._file = self._path.open("a+")
+            # A damaged file may hold anything.
+            self._file = self._path.open("a+", errors="replace")
             self._acquire(workdir)
             if self._is_in_folder():
                 break
@@ -80,7 +83,7 @@ class Lock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
-            owner = self._file.read().strip()
+            owner = one_line(self._file.read())
             self._file.close()
             raise JobError(
                 f"another job uses {workdir}: {owner}; wait until it has "
@@ -197,8 +200,8 @@ def check_same_config(saved, config, workdir):
     if differences:
         raise JobError(
             f"the run in {workdir} cannot continue with another config: "
-            f"{'; '.join(differences)}. Use the same values, or another "
-            "--workdir"
+            f"{one_line('; '.join(differences))}. Use the same values, or "
+            "another --workdir"
         )
 
 
@@ -225,12 +228,19 @@ def read_summary(workdir):
         summary = json.loads(path.read_text())
     except ValueError:  # Neither UTF-8 nor JSON.
         summary = None
-    if not isinstance(summary, dict) or "top1" not in summary:
+    is_ours = isinstance(summary, dict) and is_number(summary.get("top1"))
+    if not is_ours:
         raise JobError(
             f"{path} is not the summary of a run; delete it, and --resume "
             "ends the run again"
         )
     return summary
+
+
+def is_number(value):
+    """Whether a value in a JSON file is a finite number."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 def write_summary(workdir, summary):

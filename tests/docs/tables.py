@@ -44,6 +44,8 @@ SHORT_OPTIMIZERS = (
     "optax.lars",
 )
 
+FUZZING = ("inputs", "right result", "clear error")
+
 
 def read_result(name):
     return json.loads((RESULTS / name).read_text())
@@ -202,7 +204,21 @@ def simclr_batch():
     return _results.table(header, rows)
 
 
+def fuzzing():
+    """Returns the number of inputs of each fuzzer, and how they ended."""
+    result = read_result("fuzz.json")
+    rows = [
+        [name, *(f"{target.get(key, 0):,}" for key in FUZZING)]
+        for name, target in [
+            *result["targets"].items(),
+            ("all", result["total"]),
+        ]
+    ]
+    return _results.table(["fuzzer", *FUZZING], rows)
+
+
 TABLES = {
+    "fuzz": fuzzing,
     "plan": printed_plan,
     "plan.published": published_efficiencies,
     "ratios": ratios,

@@ -1,6 +1,7 @@
 """Compares each ImageNet recipe with the tables of its sources."""
 
 import importlib
+import math
 import pathlib
 import re
 
@@ -371,6 +372,12 @@ def test_unknown_variant_of_simclr():
         ({"target_top1": "75.9"}, "target_top1 must be a number, or None"),
         ({"dataset": {"image_size": 3.5}}, "image_size must be an integer, or"),
         ({"xla": 1}, "xla must be True or False, but is 1"),
+        ({"dataset": None}, "dataset must be a part of the config, with keys"),
+        ({"optimizer": 5}, "optimizer must be a part of the config, with keys"),
+        ({"epochs": 2**61}, "epochs must be at most 1,000,000, but is"),
+        ({"global_batch_size": 2**61}, "size must be at most 1,000,000,000,00"),
+        ({"schedule": {"peak_learning_rate": 1e308}}, "the largest float32"),
+        ({"schedule": {"peak_learning_rate": math.nan}}, "the largest float3"),
         ({"dataset": {"name": 5}}, "dataset.name must be a text, but is 5"),
     ],
     ids=str,

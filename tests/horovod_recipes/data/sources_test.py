@@ -2,6 +2,8 @@
 
 import collections
 import os
+import pathlib
+import shutil
 import sys
 import tarfile
 
@@ -15,6 +17,7 @@ from horovod_recipes.configs._check import check_source
 from horovod_recipes.data import pipeline
 from horovod_recipes.data import sources
 from horovod_recipes.data.__main__ import main as prepare
+from horovod_recipes.data.named_errors import name_in
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import rehearsal
 from tests.horovod_recipes.data.common import rank_input
@@ -41,6 +44,71 @@ def write_imagenet_tars(data_dir):
         },
         [encode(10 * i) for i in range(TEST_IMAGES)],
     )
+
+
+def digits(folder):
+    """Returns a copy of the demo's dataset, and the path of its test shard."""
+    original = pathlib.Path(sources.load_builder("mnist5k", None).data_path)
+    copy = folder / "mnist5k" / original.name
+    shutil.copytree(original, copy)
+    return copy, copy / "mnist5k-test.tfrecord-00000-of-00001"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "shorter", "empty"])
+def test_damaged_shard_is_named(tmp_path, damage):
+    """Without an error, a shorter shard would be evaluated as the whole one."""
+    _, shard = digits(tmp_path)
+    content = bytearray(shard.read_bytes())
+    # A record begins with its length in 8 bytes, and has 8 more bytes around it.
+    first = 16 + int.from_bytes(content[:8], "little")
+    if damage == "flipped":
+        content[100] ^= 1
+    shard.write_bytes(
+        {
+            "flipped": content,
+            "cut": content[:-1],
+            "shorter": content[first:],
+            "empty": b"",
+        }[damage]
+    )
+    source = sources.load_source("mnist5k", str(tmp_path))
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        examples(source, "test")
+    assert name_in(error.value, sources.DAMAGED_SHARD) == str(shard)
+    # The other split is whole.
+    assert len(examples(source, "train")) == 4000
+
+
+def test_record_that_lacks_a_part_is_named(tmp_path):
+    _, shard = digits(tmp_path)
+    records = list(tf.data.TFRecordDataset(str(shard)).as_numpy_iterator())
+    example = tf.train.Example.FromString(records[7])
+    del example.features.feature["image"]
+    records[7] = example.SerializeToString()
+    with tf.io.TFRecordWriter(str(shard)) as writer:
+        for record in records:
+            writer.write(record)
+    source = sources.load_source("mnist5k", str(tmp_path))
+    match = f"Name: {shard.name}__7, Feature: image .* is required"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=match):
+        examples(source, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset_info.json", b""),
+        ("dataset_info.json", b"\xe4"),
+        ("dataset_info.json", b'{"name": "mnist5k"}'),
+    ],
+)
+def test_damaged_description_is_refused(tmp_path, name, content):
+    folder, _ = digits(tmp_path)
+    (folder / name).write_bytes(content)
+    match = "the dataset 'mnist5k'.* prepare it"
+    with pytest.raises(JobError, match=match) as error:
+        sources.load_source("mnist5k", str(tmp_path)).num_examples("test")
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +399,7 @@ def test_any_name_of_a_corrupt_image_is_told(folder, name, action, capsys):
         return
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         list(batches)
-    assert pipeline.corrupt_image_of(error.value) == expected
+    assert name_in(error.value, pipeline.CORRUPT_IMAGE) == expected
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
@@ -347,7 +415,7 @@ def test_what_cannot_be_read_is_a_corrupt_image(folder, action):
         return
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         list(batches)
-    assert pipeline.corrupt_image_of(error.value) == str(broken)
+    assert name_in(error.value, pipeline.CORRUPT_IMAGE) == str(broken)
 
 
 def test_error_names_an_image_whose_label_is_out_of_range(folder):

@@ -138,6 +138,33 @@ def test_slurm_on_two_nodes_after_a_requeue(stage):
     )
 
 
+@pytest.mark.parametrize("value", ["", "0", "4(x2)", "08", "a[$(touch x)]"])
+@pytest.mark.parametrize(
+    "name",
+    ["SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK"],
+)
+def test_slurm_without_a_number(stage, capfd, name, value):
+    """For example, Slurm sets no tasks per node for --ntasks alone."""
+    assert start_slurm(stage, **{name: value}).wait(60) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        f"error: {name} must be a number from 1 to 99999, but is '{value}'; "
+        "submit with --nodes, --ntasks-per-node and --cpus-per-task"
+    )
+    assert not (stage / "horovodrun.log").exists()
+    assert not (stage / "x").exists()
+
+
+def test_slurm_with_another_number_of_hosts(stage, capfd):
+    assert start_slurm(stage, SLURM_JOB_NUM_NODES="3").wait(60) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        "error: scontrol names the hosts 'node1:4,node2:4' of "
+        "SLURM_JOB_NODELIST, which are not 3 nodes"
+    )
+    assert not (stage / "horovodrun.log").exists()
+
+
 def test_slurm_gives_the_status_of_a_failed_job(stage):
     (stage / "fail").touch()
     assert start_slurm(stage).wait(60) == 1
@@ -247,18 +274,17 @@ def test_mpijob_with_a_mistake_is_not(line, mistake, message):
         check_mpijob(yaml.safe_load(text.replace(line, mistake)))
 
 
-def start_launcher(stage):
+# mpi-operator writes such a file.
+HOSTFILE = (
+    "keras-lars-worker-0.keras-lars.default.svc slots=2\n"
+    "keras-lars-worker-1.keras-lars.default.svc slots=2\n"
+)
+
+
+def start_launcher(stage, content=HOSTFILE):
     """Runs the launcher's script with this hostfile instead of /etc/mpi's."""
     hostfile = stage / "hostfile"
-    # mpi-operator writes such a file.
-    hostfile.write_text(
-        "keras-lars-worker-0.keras-lars.default.svc slots=2\n"
-        "keras-lars-worker-1.keras-lars.default.svc slots=2\n"
-    )
-    assert hosts.parse_hosts_and_slots(hosts.parse_host_files(hostfile))[1] == {
-        "keras-lars-worker-0.keras-lars.default.svc": 2,
-        "keras-lars-worker-1.keras-lars.default.svc": 2,
-    }
+    hostfile.write_text(content)
     launcher = container(read_mpijob(), "Launcher")
     (script,) = launcher["args"]
     environment = {e["name"]: e["value"] for e in launcher["env"]}
@@ -269,6 +295,27 @@ def start_launcher(stage):
         script.replace("/etc/mpi/hostfile", str(hostfile)),
         **environment,
     )
+
+
+def test_horovod_reads_the_hostfile_of_an_mpijob(stage):
+    hostfile = stage / "hostfile"
+    hostfile.write_text(HOSTFILE)
+    assert hosts.parse_hosts_and_slots(hosts.parse_host_files(hostfile))[1] == {
+        "keras-lars-worker-0.keras-lars.default.svc": 2,
+        "keras-lars-worker-1.keras-lars.default.svc": 2,
+    }
+
+
+@pytest.mark.parametrize("content", ["", "\n", "a\n", "a slots=x\n", "a:2\n"])
+def test_mpijob_with_a_damaged_hostfile(stage, capfd, content):
+    """Waiting for a host without a name would never end."""
+    assert start_launcher(stage, content).wait(60) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        f"error: each line of {stage}/hostfile must be like 'worker-0 "
+        "slots=2', as mpi-operator writes it"
+    )
+    assert not (stage / "horovodrun.log").exists()
 
 
 def test_mpijob_launcher(stage):

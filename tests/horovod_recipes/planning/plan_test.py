@@ -12,6 +12,7 @@ import pytest
 from keras import layers
 
 from benchmarks.speed import allreduce_model
+from horovod_recipes import plan as plan_command
 from horovod_recipes.configs import demo
 from horovod_recipes.configs import resnet50
 from horovod_recipes.configs import simclr
@@ -347,6 +348,30 @@ def test_duration():
 
 def test_bars():
     assert page.bars([0.0, 1.0, 2.0], width=3) == "▁▅█"
+    assert page.bars([0.0, 0.0], width=2) == "▁▁"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "--config.model.filters=1000000000000",
+            "cannot make the network of model.name=small_cnn (",
+        ),
+        (
+            "--config.dataset.image_size=1000000000",
+            "cannot make the network of model.name=small_cnn (",
+        ),
+        ("--output=/proc/plan", "cannot write to --output=/proc/plan: No such"),
+    ],
+)
+# ml_collections loads config files in a deprecated way.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_command_that_cannot_work(capsys, argument, message):
+    arguments = ["plan", "--config=demo", "--ranks=2", "--hardware=a100"]
+    assert plan_command.main([*arguments, argument]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
 
 
 def test_command(tmp_path):

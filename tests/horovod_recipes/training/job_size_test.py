@@ -53,6 +53,22 @@ def test_share_that_no_power_of_two_divides():
     assert (size.micro_batch_size, size.accumulation_steps) == (50, 10)
 
 
+def test_prime_share_of_any_size():
+    """Trying all smaller numbers of micro-batches would take hours."""
+    config, prime = demo.get_config(), 999_999_999_989
+    config.global_batch_size = config.dataset.train_examples = prime
+    size = job_size(config, ranks=1)
+    assert (size.micro_batch_size, size.accumulation_steps) == (1, prime)
+
+
+def test_too_many_updates():
+    config = demo.get_config()
+    config.update(global_batch_size=1, epochs=5001)
+    message = "5,001 epochs of 4,000 updates are more than 20,000,000 updates"
+    with pytest.raises(JobError, match=message):
+        job_size(config, ranks=1)
+
+
 def test_more_ranks_than_examples():
     with pytest.raises(JobError, match=r"1001 ranks .* 1000 examples .* test"):
         job_size(demo.get_config(), ranks=1001)

@@ -8,11 +8,15 @@ import sys
 import types
 
 import keras
+import numpy as np
 import pytest
 
 from horovod_recipes.configs import demo
+from horovod_recipes.configs import simclr
 from horovod_recipes.errors import JobError
+from horovod_recipes.training import callbacks as job_callbacks
 from horovod_recipes.training import checkpoints
+from horovod_recipes.training import evaluation
 from horovod_recipes.training import logs
 from horovod_recipes.training import workdir as run_folder
 from horovod_recipes.training.tasks import Classification
@@ -26,6 +30,7 @@ print("locked", flush=True)
 time.sleep(100)
 """
 GARBAGE = (b"", b"[]", b"{", b"null", b"\xff\xfe\x00", b'"text"', b"{}")
+GARBAGE += (b'{"top1": []}', b'{"top1": NaN}', b'{"top1": true}')
 
 
 @pytest.fixture
@@ -60,6 +65,19 @@ def test_folder_in_use_is_refused_until_its_job_is_killed(tmp_path):
     lock = run_folder.prepare_workdir(tmp_path, demo.get_config(), "resume")
     lock.release()
     assert not (tmp_path / run_folder.LOCK_FILE).exists()
+
+
+def test_name_of_the_other_job_is_damaged(tmp_path):
+    """The message is one line whatever the file holds."""
+    lock_file = tmp_path / run_folder.LOCK_FILE
+    lock_file.write_bytes(b"\xfft\no \x94")
+    with lock_file.open("rb") as holder:
+        run_folder.fcntl.flock(holder, run_folder.fcntl.LOCK_EX)
+        with pytest.raises(JobError) as error:
+            run_folder.Lock(tmp_path)
+    assert f"another job uses {tmp_path}: \ufffdt o \ufffd; wait" in str(
+        error.value
+    )
 
 
 def test_lock_of_a_job_that_ends_in_between(tmp_path, monkeypatch):
@@ -128,6 +146,13 @@ def test_lock_whose_folder_has_gone(tmp_path):
     run_folder.Lock(tmp_path / "moved").release()
 
 
+def test_key_of_two_lines_in_a_config(tmp_path):
+    config = json.loads(demo.get_config().to_json())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"a\nb": 1}))
+    with pytest.raises(JobError, match="another config: a b was 1 and now is"):
+        run_folder.prepare_workdir(tmp_path, demo.get_config(), "resume")
+
+
 def test_own_file_with_the_name_of_a_lock(tmp_path):
     (tmp_path / "lock").write_text("mine")
     with pytest.raises(JobError, match="do not belong to a run"):
@@ -194,7 +219,14 @@ def test_foreign_files_beside_checkpoints(tmp_path, model):
 
 
 @pytest.mark.parametrize("damaged", ["keras", "json"])
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"seconds": null}', b"{"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"[]", b'{"seconds": null}', b"{", b'{"seconds": NaN}'),
+        *(b'{"target_top1": 90.0, "epochs_to_target": 2}',),
+        *(b'{"metric_sums": ["1"]}', b'{"metric_sums": 3}'),
+    ],
+)
 def test_broken_newest_checkpoint_falls_back(
     tmp_path, model, capsys, damaged, content
 ):
@@ -216,6 +248,58 @@ def test_broken_newest_checkpoint_falls_back(
     older.write_bytes(b"")
     with pytest.raises(JobError, match=f"{older.name} .*no checkpoint can be"):
         checkpoints.restore_latest(tmp_path, model)
+
+
+def test_checkpoint_that_names_a_place_before_its_begin(
+    tmp_path, model, capsys
+):
+    """The system says "invalid argument": it is the file's fault."""
+    checkpoints.save(tmp_path, model, 5, {"seconds": 1.0}, keep=2)
+    checkpoints.save(tmp_path, model, 6, {"seconds": 2.0}, keep=2)
+    newest = checkpoints.saved_steps(tmp_path)[6]
+    content = bytearray(newest.read_bytes())
+    # The end of a zip file has the place of its list of files in bytes 16 to 19
+    # of the last 22.
+    content[-6:-2] = (2**31 - 1).to_bytes(4, "little")
+    newest.write_bytes(content)
+    assert checkpoints.restore_latest(tmp_path, model)[0] == 5
+    assert f"warning: cannot load {newest} (" in capsys.readouterr().err
+
+
+def test_checkpoint_of_other_metrics(model):
+    """The first step says so, in one line."""
+    model.compile(LARS(0.1), "mse")
+    restore = job_callbacks.RestoreMetrics([1.0, 2.0, 3.0, 4.0, 5.0])
+    with pytest.raises(JobError, match=r"has 5 metric_sums, but .* JSON file"):
+        model.fit(
+            np.ones((1, 3)), np.ones((1, 2)), callbacks=[restore], verbose=0
+        )
+
+
+SIMCLR = json.loads(simclr.get_config("digits").to_json())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"dataset": 3}, r"config\.json is damaged.* dataset must be a part"),
+        ({"epochs": {}}, r"config\.json is damaged.* epochs must be an integ"),
+        ({"a.b": 1}, r"config\.json is damaged.* dots in field names"),
+        ({"task": 3}, "task must be a text, but is 3"),
+        ({"task": "classification"}, "has task=classification and no encoder"),
+    ],
+    ids=str,
+)
+def test_evaluation_of_a_damaged_config(tmp_path, changes, match):
+    (tmp_path / "config.json").write_text(json.dumps(SIMCLR | changes))
+    with pytest.raises(JobError, match=match) as error:
+        evaluation.read_job(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_of_a_whole_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIMCLR))
+    assert evaluation.read_job(tmp_path).task == "simclr"
 
 
 def table(folder):
