@@ -59,7 +59,7 @@ def test_damaged_shard_is_named(tmp_path, damage):
     """Without an error, a shorter shard would be evaluated as the whole one."""
     _, shard = digits(tmp_path)
     content = bytearray(shard.read_bytes())
-    # A record begins with its length in 8 bytes, and has 8 more bytes around it.
+    # A record begins with its length in 8 bytes, and has 8 bytes around it.
     first = 16 + int.from_bytes(content[:8], "little")
     if damage == "flipped":
         content[100] ^= 1
