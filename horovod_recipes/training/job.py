@@ -52,7 +52,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
 
     Raises:
         StoppedBySigterm: On every rank, after a SIGTERM to any of them. The job
-            has then saved a checkpoint.
+            has then saved a checkpoint, unless it has done no step.
         JobError: On every rank, if the config, the dataset or `workdir` is not
             valid; if weights are not finite or differ between ranks; if an
             image cannot be decoded or a checkpoint cannot be written; or if a
@@ -197,6 +197,8 @@ def run(job, watchdog, callbacks):
     # horovodrun sends a SIGTERM when another rank has ended.
     # The process must survive it to find out which rank.
     with job_callbacks.sigterm_noted() as sigterm, explained():
+        if job_callbacks.any_rank_received(sigterm):
+            raise job_callbacks.StoppedBySigterm(job.steps_done)
         all_callbacks = job_callbacks.all_callbacks(
             job, watchdog, sigterm, callbacks
         )
