@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 import horovod_recipes.data.datasets  # noqa: F401  registers the builders
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
+from horovod_recipes.errors import root_cause
 
 # Files read in turns, which separates images that are neighbours in a file.
 INTERLEAVED_FILES = 16
@@ -120,8 +121,7 @@ class TfdsSource:
         Returns:
             A `tf.data.Dataset` with one tuple per example, for `parse`.
         """
-        shard = self._builder.info.splits[tfds.even_splits(split, ranks)[rank]]
-        files = shard.file_instructions
+        files = self._files(split, rank, ranks)
         # A shard may begin or end in the middle of a file.
         parts = tf.data.Dataset.from_tensor_slices(
             (
@@ -137,6 +137,27 @@ class TfdsSource:
             cycle_length=INTERLEAVED_FILES,
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+
+    def damage(self, split, rank, ranks):
+        """Returns the first damaged file of a rank's shard, or None.
+
+        It reads the shard, up to that file.
+
+        Returns:
+            String, the path, and which record of it is damaged.
+        """
+        for file in self._files(split, rank, ranks):
+            records = tf.data.TFRecordDataset(file.filename)
+            try:
+                # Reads all records, and makes no Python object of any.
+                records.reduce(0, lambda count, _: count + 1)
+            except tf.errors.DataLossError as error:
+                return f"{file.filename}: {root_cause(error)}"
+        return None
+
+    def _files(self, split, rank, ranks):
+        shard = self._builder.info.splits[tfds.even_splits(split, ranks)[rank]]
+        return shard.file_instructions
 
     def parse(self, record, path, place):
         """Turns a batch of records into a batch of examples.
@@ -244,6 +265,9 @@ class FolderSource:
             lambda path, label: (_content(path), label, path),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+
+    def damage(self, split, rank, ranks):
+        """Returns None: only the records of TFDS have a checksum."""
 
     def parse(self, image, label, name):
         """Turns records into a batch of examples; see `TfdsSource.parse`."""

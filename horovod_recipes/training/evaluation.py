@@ -23,6 +23,7 @@ from horovod_recipes.training import neighbours
 from horovod_recipes.training import process
 from horovod_recipes.training import workdir as run_folder
 from horovod_recipes.training.build import create_network
+from horovod_recipes.training.failures import damage_named
 from horovod_recipes.training.failures import explained
 from horovod_recipes.training.failures import raised_on_every_rank
 from horovod_recipes.training.job_size import job_size
@@ -71,7 +72,11 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
         )
         check_source(config, source)
     corrupt_images = CorruptImages(config.dataset.corrupt_images)
-    with hvd.callbacks.Watchdog(config.hang_seconds) as watchdog, explained():
+    with (
+        hvd.callbacks.Watchdog(config.hang_seconds) as watchdog,
+        explained(),
+        damage_named(source, config.dataset),
+    ):
         inputs = config, source, corrupt_images, watchdog
         process.set_seeds(config)
         results, nearest = evaluate(encoder, linear_epochs, *inputs)

@@ -52,6 +52,31 @@ def explained():
         raise _stop_reason(error) from error
 
 
+@contextlib.contextmanager
+def damage_named(source, dataset):
+    """Turns an error about a damaged record into a `JobError` with its file.
+
+    TensorFlow does not name the file. After such an error, and only then, the
+    rank reads its files once more.
+
+    Args:
+        source: From `data.sources.load_source`.
+        dataset: `ConfigDict`, the `dataset` of a recipe's config.
+    """
+    try:
+        yield
+    except tf.errors.DataLossError as error:
+        for split in (dataset.train_split, dataset.test_split):
+            damage = source.damage(split, hvd.rank(), hvd.size())
+            if damage:
+                raise JobError(
+                    f"rank {hvd.rank()} found a damaged file: {damage}; "
+                    "restore it from a copy, or delete its folder and run: "
+                    f"python -m horovod_recipes.data {dataset.name}"
+                ) from error
+        raise
+
+
 def _stop_reason(error):
     corrupt = corrupt_image_of(error)
     if corrupt:

@@ -12,6 +12,8 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.configs._check import check_config
 from horovod_recipes.configs._check import check_source
 from horovod_recipes.data.pipeline import CorruptImages
+from horovod_recipes.data.sources import FolderSource
+from horovod_recipes.data.sources import TfdsSource
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.training import callbacks as job_callbacks
 from horovod_recipes.training import checkpoints
@@ -21,6 +23,7 @@ from horovod_recipes.training import workdir as run_folder
 from horovod_recipes.training.build import create_network
 from horovod_recipes.training.build import create_optimizer
 from horovod_recipes.training.build import create_schedule
+from horovod_recipes.training.failures import damage_named
 from horovod_recipes.training.failures import explained
 from horovod_recipes.training.failures import raised_on_every_rank
 from horovod_recipes.training.job_size import JobSize
@@ -81,6 +84,7 @@ class Job:
     name: str
     workdir: pathlib.Path
     size: JobSize
+    source: TfdsSource | FolderSource
     schedule: keras.optimizers.schedules.LearningRateSchedule
     model: keras.Model
     task: Classification
@@ -122,6 +126,7 @@ def prepare(config, name, workdir):
         name=name,
         workdir=workdir,
         size=size,
+        source=source,
         schedule=schedule,
         model=model,
         task=task,
@@ -196,7 +201,11 @@ def run(job, watchdog, callbacks):
         print(settings_line(job))
     # horovodrun sends a SIGTERM when another rank has ended.
     # The process must survive it to find out which rank.
-    with job_callbacks.sigterm_noted() as sigterm, explained():
+    with (
+        job_callbacks.sigterm_noted() as sigterm,
+        explained(),
+        damage_named(job.source, job.config.dataset),
+    ):
         if job_callbacks.any_rank_received(sigterm):
             raise job_callbacks.StoppedBySigterm(job.steps_done)
         all_callbacks = job_callbacks.all_callbacks(

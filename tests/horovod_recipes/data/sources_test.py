@@ -2,6 +2,8 @@
 
 import collections
 import os
+import re
+import shutil
 import sys
 import tarfile
 
@@ -17,6 +19,8 @@ from horovod_recipes.data import sources
 from horovod_recipes.data.__main__ import main as prepare
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import rehearsal
+from tests.corrupt_dataset import damage
+from tests.corrupt_dataset import write_corrupt_copy
 from tests.horovod_recipes.data.common import rank_input
 from tests.jobs.launcher import error_lines
 from tests.jobs.launcher import run
@@ -140,6 +144,34 @@ def test_missing_split_is_refused(imagenet):
     match = r"no examples in split 'test'; its splits: train, validation"
     with pytest.raises(JobError, match=match):
         imagenet.num_examples("test")
+
+
+def test_empty_split_is_refused(tmp_path):
+    folder, _ = write_corrupt_copy(tmp_path, "test", [])
+    (info,) = tmp_path.rglob("dataset_info.json")
+    text = info.read_text()
+    info.write_text(text.replace('"1000"', '"0"'))
+    source = sources.load_source("mnist5k", folder)
+    match = r"no examples in split 'test'; its splits: train, test; was"
+    with pytest.raises(JobError, match=match):
+        source.num_examples("test")
+    assert source.num_examples("train") == 4000
+
+
+def test_damaged_file_is_found(imagenet, tmp_path):
+    """By the ranks that read it, and by no other."""
+    folder = imagenet._builder.data_path
+    copy = tmp_path / folder.parent.name / folder.name
+    shutil.copytree(folder, copy)
+    file = copy / "imagenet2012-train.tfrecord-00001-of-00004"
+    damage(file)
+    source = sources.load_source("imagenet2012", str(tmp_path))
+    found = [source.damage("train", rank, 4) for rank in range(4)]
+    assert [bool(text) for text in found] == [False, True, False, False]
+    assert re.fullmatch(
+        re.escape(str(file)) + r": corrupted record at \d+", found[1]
+    )
+    assert source.damage("validation", 0, 1) is None
 
 
 class LabelsAlone(tfds.core.GeneratorBasedBuilder):
