@@ -12,6 +12,7 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.configs._check import check_config
 from horovod_recipes.configs._check import check_source
 from horovod_recipes.data.pipeline import CorruptImages
+from horovod_recipes.data.pipeline import check_service
 from horovod_recipes.data.sources import FolderSource
 from horovod_recipes.data.sources import TfdsSource
 from horovod_recipes.data.sources import load_source
@@ -111,6 +112,8 @@ def prepare(config, name, workdir):
             [dataset.train_split, dataset.test_split],
         )
         check_source(config, source)
+        if dataset.service:
+            check_service(dataset.service)
         size = job_size(config, hvd.size())
         schedule = create_schedule(config, size)
         corrupt_images = CorruptImages(config.dataset.corrupt_images)

@@ -403,6 +403,26 @@ def as_arrays(batches):
     return [(images.numpy(), labels.numpy()) for images, labels in batches]
 
 
+def test_service_that_listens_is_accepted():
+    dispatcher, _ = start_service(0)
+    pipeline.check_service(dispatcher.target)
+
+
+@pytest.mark.parametrize(
+    ("address", "match"),
+    [
+        ("localhost:5050", "must be grpc://HOST:PORT, but is localhost:5050"),
+        ("grpc://localhost", "must be grpc://HOST:PORT, but is grpc://local"),
+        ("grpc://localhost:99999", "must be grpc://HOST:PORT, but is grpc:.*:99999"),
+        ("grpc://[::1]:1", r"cannot reach the tf.data service grpc://\[::1\]:1"),
+        ("grpc://nowhere.invalid:5050", "service grpc://nowhere.invalid:5050 "),
+    ],
+)
+def test_service_that_cannot_be_reached_is_refused(address, match):
+    with pytest.raises(JobError, match=match):
+        pipeline.check_service(address)
+
+
 def test_jobs_of_a_service_get_their_own_batches(imagenet):
     dispatcher, _workers = start_service(1)
     seen = []
