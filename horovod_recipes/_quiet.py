@@ -17,12 +17,16 @@ def without_banner():
     """Removes TensorFlow's banner from the stderr of a block.
 
     Import TensorFlow in the block. A child process filters the lines: messages
-    still arrive if TensorFlow aborts this process.
+    still arrive if TensorFlow aborts this process. It ignores a SIGTERM to all
+    processes, which this process may survive.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
     stderr = os.dup(2)
-    command = ["sed", "--unbuffered", *(f"--expression=/{b}/d" for b in BANNER)]
+    command = [
+        *("sh", "-c", 'trap "" TERM; exec sed --unbuffered "$@"', "sh"),
+        *(f"--expression=/{b}/d" for b in BANNER),
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr) as sed:
         os.dup2(sed.stdin.fileno(), 2)
         try:

@@ -1,5 +1,7 @@
 """The error that ends a job with one line, and short forms of other errors."""
 
+import re
+
 
 class JobError(Exception):
     """An error whose one-line message says what is wrong and how to fix it."""
@@ -23,8 +25,10 @@ def root_cause(error):
     """Returns the line of a TensorFlow error that names its cause.
 
     The message of a graph error lists places in the code before the cause, and
-    nodes in double brackets after it.
+    nodes in double brackets after it. Without a graph, the cause stands between
+    the names of a function and an operation.
     """
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith("[[")]
-    return lines[-1] if lines else "no message"
+    cause = lines[-1] if lines else "no message"
+    return re.sub(r"^{{.*?}} | \[Op:\w+\] name:.*$", "", cause)

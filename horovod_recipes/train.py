@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 
+from horovod_recipes import _sigterm
 from horovod_recipes._quiet import without_banner
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import missing_package
@@ -43,11 +44,7 @@ def main(argv, callbacks=()):
         summary = run(flags, argv, callbacks)
     except StoppedBySigterm as stop:
         if hvd.rank() == 0:
-            print(
-                f"stopped by SIGTERM after step {stop.steps_done}; a "
-                "checkpoint was saved; continue with --resume",
-                flush=True,
-            )
+            print(stop_line(stop.steps_done), flush=True)
         return 0
     except JobError as error:
         process.end_with_error(error)
@@ -55,6 +52,14 @@ def main(argv, callbacks=()):
     if hvd.rank() == 0:
         print(json.dumps(summary), flush=True)
     return 0
+
+
+def stop_line(steps_done):
+    """Returns what a job prints that a SIGTERM has stopped."""
+    when = "before the first step"
+    if steps_done:
+        when = f"after step {steps_done}; a checkpoint was saved"
+    return f"stopped by SIGTERM {when}; continue with --resume"
 
 
 def create_flags():
@@ -120,6 +125,7 @@ def run_mode(flags):
 
 
 if __name__ == "__main__":
+    _sigterm.note_while_starting()
     status = main(sys.argv)
     # Otherwise Python collects garbage once more at its end, which is slow.
     gc.freeze()

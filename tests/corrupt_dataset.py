@@ -1,4 +1,4 @@
-"""Copies the demo's data, and makes some images undecodable."""
+"""Copies the demo's data, and makes images undecodable or a file damaged."""
 
 import pathlib
 import shutil
@@ -30,3 +30,10 @@ def write_corrupt_copy(folder, split, indices):
                 record = example.SerializeToString()
             writer.write(record)
     return str(folder), [f"{name}__{index}" for index in indices]
+
+
+def damage(path):
+    """Changes one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)

@@ -6,6 +6,8 @@ them to floats.
 """
 
 import dataclasses
+import re
+import socket
 import sys
 
 import tensorflow as tf
@@ -14,6 +16,7 @@ from horovod_recipes.data.augmentations import AUGMENTATIONS
 from horovod_recipes.data.decoding import is_whole_jpeg
 from horovod_recipes.data.named_errors import error_if_any
 from horovod_recipes.data.named_errors import printable
+from horovod_recipes.errors import JobError
 
 # Images that one thread parses and decodes together.
 # The fixed cost of a group is negligible at this size.
@@ -22,6 +25,9 @@ IMAGES_PER_GROUP = 32
 PREFETCHED_BATCHES = 2
 # How the error of a corrupt image begins.
 CORRUPT_IMAGE = "corrupt image: "
+# The time in which a tf.data service must accept a connection.
+SERVICE_SECONDS = 10
+LAST_PORT = 65535
 
 
 class CorruptImages:
@@ -273,6 +279,30 @@ def _too_few_images(element_spec):
             return tuple(tf.zeros(s.shape, s.dtype) for s in element_spec)
 
     return tf.data.Dataset.from_tensors(True).map(fail)
+
+
+def check_service(address):
+    """Raises `JobError` unless a server listens at a tf.data service's address.
+
+    TensorFlow itself waits for one, without an error.
+
+    Args:
+        address: String, `"grpc://HOST:PORT"`.
+    """
+    parts = re.fullmatch(r"grpc://\[?(.+?)\]?:(\d+)", address)
+    if not parts or int(parts[2]) > LAST_PORT:
+        raise JobError(
+            f"dataset.service must be grpc://HOST:PORT, but is {address}"
+        )
+    try:
+        socket.create_connection(
+            (parts[1], int(parts[2])), SERVICE_SECONDS
+        ).close()
+    except OSError as error:
+        raise JobError(
+            f"cannot reach the tf.data service {address} ({error}); start it, "
+            "or correct dataset.service"
+        ) from error
 
 
 def _through_service(batches, address):

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-import threading
 import time
 
 import keras
@@ -11,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from horovod_recipes import _sigterm
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import checkpoints
 from horovod_recipes.training import logs
@@ -81,17 +81,33 @@ def report_callbacks(job):
 
 @contextlib.contextmanager
 def sigterm_noted():
-    """Yields an event. In the block, a SIGTERM only sets this event."""
-    noted = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.set())
+    """Yields a `Note`. In the block, a SIGTERM is only noted there.
+
+    A command notes the signal from its first moment. Then this is its `Note`.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    note = before if isinstance(before, _sigterm.Note) else _sigterm.Note()
+    # From here on, the job says itself after which step it stops.
+    note.line = ""
+    signal.signal(signal.SIGTERM, note)
     try:
-        yield noted
+        yield note
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def any_rank_received(sigterm):
+    """Returns whether the signal has come to any rank; call it on all ranks.
+
+    Args:
+        sigterm: From `sigterm_noted`.
+    """
+    received = tf.constant(float(sigterm.received))
+    return hvd.allreduce(received, op=hvd.Sum, name="stop_on_sigterm") > 0
+
+
 class StoppedBySigterm(Exception):
-    """Raised on all ranks after the job has saved a checkpoint and stopped."""
+    """Raised on all ranks by a job that can resume after `steps_done`."""
 
     def __init__(self, steps_done):
         super().__init__(steps_done)
@@ -137,26 +153,22 @@ class StopOnSigterm(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         is_done = self._steps_done == self._job.size.steps
-        if not is_done and self._any_rank_got_sigterm():
+        if not is_done and any_rank_received(self._sigterm):
             self._stop({})
 
     def _ask_to_stop(self):
-        if self._sigterm.is_set():
+        if self._sigterm.received:
             self.model.stop_training = True
 
     def _stop_within_epoch(self):
         is_within = self._steps_done % self._job.size.steps_per_epoch > 0
         # All ranks have the same `stop_training` now.
         stops = is_within and self.model.stop_training
-        if stops and self._any_rank_got_sigterm():
+        if stops and any_rank_received(self._sigterm):
             self._not_finite.check()
             hvd.average_variables(self.model.non_trainable_weights)
             sums = hvd.sum_over_ranks(_metric_variables(self))
             self._stop({"metric_sums": [s.numpy().tolist() for s in sums]})
-
-    def _any_rank_got_sigterm(self):
-        sigterm = tf.constant(float(self._sigterm.is_set()))
-        return hvd.allreduce(sigterm, op=hvd.Sum, name="stop_on_sigterm") > 0
 
     def _stop(self, metrics):
         with raised_on_every_rank():

@@ -16,6 +16,7 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.configs._check import check_config
 from horovod_recipes.configs._check import check_source
 from horovod_recipes.data.pipeline import CorruptImages
+from horovod_recipes.data.pipeline import check_service
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
@@ -71,6 +72,8 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
             [config.dataset.train_split, config.dataset.test_split],
         )
         check_source(config, source)
+        if config.dataset.service:
+            check_service(config.dataset.service)
     corrupt_images = CorruptImages(config.dataset.corrupt_images)
     with hvd.callbacks.Watchdog(config.hang_seconds) as watchdog, explained():
         inputs = config, source, corrupt_images, watchdog

@@ -12,6 +12,7 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.configs._check import check_config
 from horovod_recipes.configs._check import check_source
 from horovod_recipes.data.pipeline import CorruptImages
+from horovod_recipes.data.pipeline import check_service
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.training import callbacks as job_callbacks
 from horovod_recipes.training import checkpoints
@@ -52,7 +53,7 @@ def train_and_evaluate(config, config_name, workdir, mode="new", callbacks=()):
 
     Raises:
         StoppedBySigterm: On every rank, after a SIGTERM to any of them. The job
-            has then saved a checkpoint.
+            has then saved a checkpoint, unless it has done no step.
         JobError: On every rank, if the config, the dataset or `workdir` is not
             valid; if weights are not finite or differ between ranks; if an
             image cannot be decoded or a checkpoint cannot be written; or if a
@@ -107,6 +108,8 @@ def prepare(config, name, workdir):
             [dataset.train_split, dataset.test_split],
         )
         check_source(config, source)
+        if dataset.service:
+            check_service(dataset.service)
         size = job_size(config, hvd.size())
         schedule = create_schedule(config, size)
         corrupt_images = CorruptImages(config.dataset.corrupt_images)
@@ -197,6 +200,8 @@ def run(job, watchdog, callbacks):
     # horovodrun sends a SIGTERM when another rank has ended.
     # The process must survive it to find out which rank.
     with job_callbacks.sigterm_noted() as sigterm, explained():
+        if job_callbacks.any_rank_received(sigterm):
+            raise job_callbacks.StoppedBySigterm(job.steps_done)
         all_callbacks = job_callbacks.all_callbacks(
             job, watchdog, sigterm, callbacks
         )

@@ -9,6 +9,7 @@ import sys
 import keras
 
 import horovod_recipes.keras as hvd
+from horovod_recipes import _sigterm
 from horovod_recipes import train
 from tests.jobs.results import digest
 
@@ -24,4 +25,5 @@ class PrintWeights(keras.callbacks.Callback):
 
 
 if __name__ == "__main__":
+    _sigterm.note_while_starting()
     sys.exit(train.main(sys.argv, callbacks=[PrintWeights()]))

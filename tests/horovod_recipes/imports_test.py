@@ -11,6 +11,7 @@ ROOMS_BELOW = {
     f"{RECIPES}.install_horovod": set(),
     f"{RECIPES}._groups": set(),
     f"{RECIPES}._quiet": set(),
+    f"{RECIPES}._sigterm": set(),
     f"{RECIPES}._xla": set(),
     f"{RECIPES}.configs": {"errors", "data", "models"},
     f"{RECIPES}.data": {"errors", "_quiet"},
@@ -18,6 +19,7 @@ ROOMS_BELOW = {
     f"{RECIPES}.models": {"_xla", "keras"},
     f"{RECIPES}.keras": {"_groups", "_xla", "install_horovod", "keras_lars"},
     f"{RECIPES}.training": {
+        "_sigterm",
         "configs",
         "data",
         "errors",
@@ -36,6 +38,7 @@ ROOMS_BELOW = {
     },
     f"{RECIPES}.train": {
         "_quiet",
+        "_sigterm",
         "configs",
         "errors",
         "install_horovod",
@@ -60,6 +63,7 @@ SHARED_PRIVATE = (
     "keras_lars._xla_flags",
     f"{RECIPES}._groups",
     f"{RECIPES}._quiet",
+    f"{RECIPES}._sigterm",
     f"{RECIPES}._xla",
     # The list of recipes is the files without an underscore.
     f"{RECIPES}.configs._",

@@ -119,3 +119,26 @@ with without_banner():
         timeout=60,
     )
     assert result.stderr == "before\nafter\n"
+
+
+def test_lines_after_a_sigterm_to_all_processes():
+    """As a cluster sends it; Python notes the signal and goes on."""
+    script = """
+import os, signal, time
+from horovod_recipes._quiet import without_banner
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+with without_banner():
+    time.sleep(0.2)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.2)
+    os.write(2, b"after\\n")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert (result.stderr, result.returncode) == ("after\n", 0)

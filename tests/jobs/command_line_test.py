@@ -10,6 +10,7 @@ import pytest
 
 import horovod_recipes.keras as hvd
 from horovod_recipes import train
+from tests.corrupt_dataset import damage
 from tests.corrupt_dataset import write_corrupt_copy
 from tests.jobs.launcher import ROOT
 from tests.jobs.launcher import TRAIN
@@ -144,6 +145,22 @@ def test_corrupt_image_ends_all_ranks(tmp_path):
     assert second == f"[1]<stderr>:error: {reason}"
     assert not (workdir / "summary.json").exists()
     assert not list(workdir.rglob(".part-*"))
+
+
+def test_damaged_file_is_named(tmp_path):
+    folder, _ = write_corrupt_copy(tmp_path / "data", "test", [])
+    (file,) = (tmp_path / "data").rglob("*-test.tfrecord-*")
+    damage(file)
+    result = run(
+        *(*TRAIN, *TINY, f"--workdir={tmp_path / 'run'}"),
+        f"--config.dataset.data_dir={folder}",
+    )
+    assert result.returncode == 1
+    (line,) = error_lines(result)
+    assert line.endswith(
+        f"error: rank 0 cannot read all of the shard {file}: it is damaged, or "
+        "not readable; copy it or prepare the dataset again"
+    )
 
 
 def test_bad_config_ends_all_ranks(tmp_path):

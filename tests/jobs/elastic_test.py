@@ -5,7 +5,6 @@ names for it.
 """
 
 import json
-import signal
 import subprocess
 import sys
 
@@ -13,10 +12,10 @@ import pytest
 
 from tests.jobs.launcher import HOROVODRUN
 from tests.jobs.launcher import ROOT
+from tests.jobs.launcher import find_rank
 from tests.jobs.launcher import limited
 from tests.jobs.launcher import python
 from tests.jobs.launcher import run
-from tests.jobs.launcher import signal_rank
 
 TWO_HOSTS = "localhost:1\n127.0.0.1:1\n"
 DIGITS_JOB = "tests.jobs.elastic_digits_job"
@@ -97,7 +96,7 @@ def test_killed_worker(tmp_path, host):
     """Whichever rank is killed, the other continues from the last commit."""
 
     def kill_worker(job):
-        signal_rank(job, signal.SIGKILL, DIGITS_JOB, ["HOROVOD_HOSTNAME"], host)
+        find_rank(job, DIGITS_JOB, ["HOROVOD_HOSTNAME"], host).kill()
 
     status, events = run_and_disturb(
         elastic(tmp_path, TWO_HOSTS, *DIGITS),

@@ -53,6 +53,25 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, whole_job):
     assert not list(killed.rglob(".part-*"))
 
 
+def test_sigterm_to_one_rank_while_it_imports(tmp_path):
+    """No rank trains, all exit with status 0, and the job can resume."""
+    workdir = tmp_path / "run"
+    job = (*TRAIN, "--config=demo", f"--workdir={workdir}")
+    status, output = run_until_sigterm(*TWO_RANKS, *job, rank=1)
+    assert status == 0, output
+    assert (
+        "[1]<stderr>:got SIGTERM; the job will stop before its first step\n"
+        in output
+    )
+    assert "[0]<stderr>:got SIGTERM" not in output
+    assert output.splitlines()[-1] == (
+        "[0]<stdout>:stopped by SIGTERM before the first step; continue with "
+        "--resume"
+    )
+    assert (workdir / "config.json").exists()
+    assert not list(workdir.glob("checkpoints/*"))
+
+
 def test_sigterm_then_resume_on_one_rank(tmp_path):
     """The signal reaches rank 1 alone; the global batch stays the same."""
     workdir = tmp_path / "run"

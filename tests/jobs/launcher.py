@@ -45,8 +45,15 @@ def error_lines(result):
     )
 
 
-def run_until_sigterm(*command, rank, path, seconds=300):
-    """Starts a training job, and sends SIGTERM to a rank when a file appears.
+def run_until_sigterm(*command, rank, path=None, seconds=300):
+    """Starts a training job, and sends SIGTERM to one rank.
+
+    Args:
+        *command: Strings, the command.
+        rank: Integer, the rank that gets the signal.
+        path: `pathlib.Path`, the file after whose appearance the rank gets it.
+            Without it, the rank gets it as soon as it has a handler.
+        seconds: Integer, the time limit.
 
     Returns:
         The exit status, and all that the job printed.
@@ -58,19 +65,21 @@ def run_until_sigterm(*command, rank, path, seconds=300):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while job.poll() is None and not path.exists():
-        time.sleep(0.1)
-    signal_rank(job, signal.SIGTERM, TRAIN[2], RANK_VARIABLES, str(rank))
+    which = job, TRAIN[2], RANK_VARIABLES, str(rank)
+    while job.poll() is None and not (
+        path.exists() if path else _handles_sigterm(find_rank(*which))
+    ):
+        time.sleep(0.02)
+    find_rank(*which).send_signal(signal.SIGTERM)
     output, _ = job.communicate()
     return job.returncode, output
 
 
-def signal_rank(job, number, module, variables, value):
-    """Sends a signal to one rank of a job.
+def find_rank(job, module, variables, value):
+    """Returns the `psutil.Process` of one rank of a job, or None.
 
     Args:
         job: The `subprocess.Popen` of the job.
-        number: Integer, the signal.
         module: String, the module that the rank runs.
         variables: Environment variables, one of which has the `value`.
         value: String.
@@ -81,7 +90,15 @@ def signal_rank(job, number, module, variables, value):
         if _is_rank(process, module, variables, value)
     ]
     # A child that the rank has just forked looks like the rank, but is younger.
-    min(ranks, key=psutil.Process.create_time).send_signal(number)
+    return min(ranks, key=psutil.Process.create_time, default=None)
+
+
+def _handles_sigterm(process):
+    if process is None:
+        return False
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(v for v in status.splitlines() if v.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def _is_rank(process, module, variables, value):

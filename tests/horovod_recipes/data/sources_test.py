@@ -20,6 +20,7 @@ from horovod_recipes.data.__main__ import main as prepare
 from horovod_recipes.data.named_errors import name_in
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import rehearsal
+from tests.corrupt_dataset import write_corrupt_copy
 from tests.horovod_recipes.data.common import rank_input
 from tests.jobs.launcher import error_lines
 from tests.jobs.launcher import run
@@ -208,6 +209,18 @@ def test_missing_split_is_refused(imagenet):
     match = r"no examples in split 'test'; its splits: train, validation"
     with pytest.raises(JobError, match=match):
         imagenet.num_examples("test")
+
+
+def test_empty_split_is_refused(tmp_path):
+    folder, _ = write_corrupt_copy(tmp_path, "test", [])
+    (info,) = tmp_path.rglob("dataset_info.json")
+    text = info.read_text()
+    info.write_text(text.replace('"1000"', '"0"'))
+    source = sources.load_source("mnist5k", folder)
+    match = r"no examples in split 'test'; its splits: train, test; was"
+    with pytest.raises(JobError, match=match):
+        source.num_examples("test")
+    assert source.num_examples("train") == 4000
 
 
 class LabelsAlone(tfds.core.GeneratorBasedBuilder):
@@ -437,6 +450,32 @@ def start_service(workers):
 
 def as_arrays(batches):
     return [(images.numpy(), labels.numpy()) for images, labels in batches]
+
+
+def test_service_that_listens_is_accepted():
+    dispatcher, _ = start_service(0)
+    pipeline.check_service(dispatcher.target)
+
+
+@pytest.mark.parametrize(
+    ("address", "match"),
+    [
+        ("localhost:5050", "must be grpc://HOST:PORT, but is localhost:5050"),
+        ("grpc://localhost", "must be grpc://HOST:PORT, but is grpc://local"),
+        (
+            "grpc://localhost:99999",
+            "must be grpc://HOST:PORT, but is grpc:.*:99999",
+        ),
+        (
+            "grpc://[::1]:1",
+            r"cannot reach the tf.data service grpc://\[::1\]:1",
+        ),
+        ("grpc://nowhere.invalid:5050", "service grpc://nowhere.invalid:5050 "),
+    ],
+)
+def test_service_that_cannot_be_reached_is_refused(address, match):
+    with pytest.raises(JobError, match=match):
+        pipeline.check_service(address)
 
 
 def test_jobs_of_a_service_get_their_own_batches(imagenet):

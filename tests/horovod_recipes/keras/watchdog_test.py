@@ -91,35 +91,6 @@ def test_names_a_silent_rank_in_a_job_of_any_size(server, monkeypatch, size):
     assert 3 * size / last.period <= 384
 
 
-class Stranger(_watchdog.Peers):
-    """Writes what it likes to the server."""
-
-    def write(self, key, content):
-        connection = http.client.HTTPConnection(self.server, int(self._port))
-        connection.request("PUT", f"/{self._scope}/{key}", content)
-        connection.getresponse().read()
-        connection.close()
-
-
-@pytest.mark.parametrize("beat", [b"", b"\xff\xfe", b"1 2", b"a b c d"])
-def test_beat_that_is_none(server, monkeypatch, beat):
-    """It does not end the thread that watches, and counts as silence."""
-    monkeypatch.setattr(_watchdog, "time", Clock())
-    dog = dog_of_rank(0, 2)
-    _watchdog.Peers(1, 2).beat(steps=7)
-    dog._peers.beat(steps=7)
-    Stranger(1, 2).write("rank1", beat)
-    assert dog.lost_rank().startswith(f"rank 1 on {HOST} is lost: nothing")
-    assert "after step 7 of its training" in dog.lost_rank()
-
-
-def test_problem_is_told_in_one_line(server):
-    Stranger(1, 2).write("problem", b"two\nlines \xff")
-    peers = _watchdog.Peers(0, 2)
-    peers.beat(steps=7)
-    assert peers.find_problem() == "two lines \ufffd"
-
-
 @pytest.mark.parametrize("size", [2, 64, 512])
 def test_names_no_rank_that_lives(server, monkeypatch, size):
     """One of its beats is lost, and the next one is a second late."""

@@ -157,6 +157,10 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
             "corrupt_images=skip does not work .*_images=stop",
         ),
         (
+            {"dataset.service": "grpc://localhost:1"},
+            r"service grpc://localhost:1 \(.*refused\); start it, or correct",
+        ),
+        (
             {"dataset.num_classes": 9},
             "num_classes=9, but .* 'mnist5k' .* has 10",
         ),
