@@ -22,13 +22,13 @@ def one_line(error):
 
 
 def root_cause(error):
-    """Returns the line of a TensorFlow error that names its cause.
+    """Returns the part of a TensorFlow error that names its cause, in one line.
 
     The message of a graph error lists places in the code before the cause, and
-    nodes in double brackets after it. Without a graph, the cause stands between
-    the names of a function and an operation.
+    nodes in double brackets and hints after it. Without a graph, the cause
+    stands between the names of a function and an operation.
     """
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("[[")]
-    cause = lines[-1] if lines else "no message"
-    return re.sub(r"^{{.*?}} | \[Op:\w+\] name:.*$", "", cause)
+    before_nodes = str(error).partition("[[")[0].strip()
+    cause = one_line(before_nodes.rpartition("\n\n")[2])
+    cause = re.sub(r"^{{.*?}} | \[Op:\w+\] name:.*$", "", cause)
+    return cause or "no message"

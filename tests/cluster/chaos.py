@@ -202,9 +202,10 @@ class Chaos:
                     self.check_end(fault, target, moment)
                 else:
                     self.check_progress(fault, target)
-                seconds = time.monotonic() - begin
             if fault.ends:
                 assert_nothing_runs(self.cluster, seconds=60)
+            seconds = time.monotonic() - begin
+            if fault.ends:
                 check_files(target.workdir, killed=True)
         except AssertionError as error:
             # The other faults are tried all the same, on the resumed job.
