@@ -78,6 +78,7 @@ def check_inner_optimizer(optimizer):
             "Argument `optimizer` must be a keras.optimizers.Optimizer. "
             f"Received: optimizer={optimizer!r}"
         )
+    check_not_wrapped_by_horovod(optimizer)
     reasons = {
         name: reason
         for name, reason in REFUSED_INSIDE.items()

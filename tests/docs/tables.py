@@ -6,6 +6,7 @@ writes them again, after a new measurement. A document has the comment
 `<!-- table: NAME -->` before each of them.
 """
 
+import collections
 import json
 import pathlib
 import re
@@ -43,6 +44,21 @@ SHORT_OPTIMIZERS = (
     "Keras Lamb, XLA",
     "optax.lars",
 )
+MANY_RANKS = {
+    "seconds_to_first_epoch": "start, to the first epoch, s",
+    "requests_to_start": "requests to horovodrun's server, to start",
+    "requests_per_second": "the same while training, per second",
+    "server_requests_per_second": "requests that the server answers, alone, "
+    "per second",
+    "seconds_to_end_after_loss": "end, after a host was lost, s",
+    "ranks_that_said_why": "ranks that said why",
+    "lost_ranks_named": "ranks that they named (8 to 11 were lost)",
+    "seconds_to_resume": "start on 12 ranks, to the first epoch, s",
+    "top1": "top-1 at the end, %",
+    "updates_watched": "updates of two ranks in which memory was watched",
+    "rank0_mb_before": "memory of rank 0 before them, MB",
+    "rank0_mb_after": "memory of rank 0 after them, MB",
+}
 
 FUZZING = ("inputs", "right result", "clear error")
 
@@ -217,8 +233,34 @@ def fuzzing():
     return _results.table(["fuzzer", *FUZZING], rows)
 
 
+def chaos():
+    """Returns the outcomes of the faults that jobs were given."""
+    faults = collections.defaultdict(list)
+    for fault in read_result("chaos.json")["faults"]:
+        faults[fault["job"], fault["fault"], fault["outcome"]].append(fault)
+    rows = [
+        [
+            *(job, name, len(rows), outcome),
+            _results.span([row["seconds"] for row in rows]),
+        ]
+        for (job, name, outcome), rows in sorted(faults.items(), reverse=True)
+    ]
+    return _results.table(
+        ["job", "fault", "times", "what the job did", "after, s"], rows
+    )
+
+
+def many_ranks():
+    """Returns the figures of the job on 16 ranks."""
+    result = read_result("many_ranks.json")
+    rows = [[text, result[key]] for key, text in MANY_RANKS.items()]
+    return _results.table(["16 ranks on 4 hosts", ""], rows)
+
+
 TABLES = {
+    "chaos": chaos,
     "fuzz": fuzzing,
+    "many_ranks": many_ranks,
     "plan": printed_plan,
     "plan.published": published_efficiencies,
     "ratios": ratios,

@@ -300,6 +300,25 @@ def test_inner_optimizers_without_a_meaning_are_refused(optimizer, reason):
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        (
+            "MultiOptimizer",
+            [lambda variable: keras.optimizers.SGD()],
+            "put a TrustRatio around each optimizer inside it",
+        ),
+        ("ScheduleFreeAdamW", [], "updates other variables than the weights"),
+    ],
+)
+def test_inner_optimizers_of_newer_keras_are_refused(name, arguments, reason):
+    if not hasattr(keras.optimizers, name):
+        pytest.skip(f"this Keras has no {name}")
+    optimizer = getattr(keras.optimizers, name)(*arguments)
+    with pytest.raises(ValueError, match=f"cannot be {name}: .*{reason}"):
+        TrustRatio(optimizer)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         *[("trust_coefficient", v) for v in (0.0, -1, "1")],

@@ -12,6 +12,7 @@ import horovod_recipes.keras as hvd
 from horovod_recipes.data import pipeline
 from horovod_recipes.data.sources import load_source
 from keras_lars import TrustRatio
+from keras_lars.muon import ConvMuon
 from tests.corrupt_dataset import write_corrupt_copy
 from tests.parallel.training.tiny_job import assert_same_training
 from tests.parallel.training.tiny_job import checkpoint
@@ -128,10 +129,17 @@ def test_sgd_is_momentum_with_l2_decay(shared_folder):
 
 
 @pytest.mark.slow
-def test_lamb(shared_folder):
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("lamb", keras.optimizers.Adam),
+        ("trust_ratio:conv_muon", ConvMuon),
+    ],
+)
+def test_trust_ratio(shared_folder, name, inner):
     """A resumed job ends as one that ran through, and it learns."""
     changes = {
-        "optimizer_name": "lamb",
+        "optimizer_name": name,
         "optimizer": {"weight_decay": 0.01},
         "schedule.peak_learning_rate": 0.05,
         "log_trust_ratios_every_steps": 3,
@@ -145,7 +153,7 @@ def test_lamb(shared_folder):
     assert summary["top1"] > 20
     optimizer = keras.saving.load_model(checkpoint(whole)).optimizer
     assert type(optimizer) is TrustRatio
-    assert type(optimizer.optimizer) is keras.optimizers.Adam
+    assert type(optimizer.optimizer) is inner
     assert int(optimizer.iterations) == 9
     ratios = (whole / "trust_ratios" / "trust_ratios.csv").read_text()
     assert [row[:2] for row in ratios.splitlines()[1:]] == ["3,", "6,", "9,"]
