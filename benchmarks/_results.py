@@ -75,6 +75,12 @@ def cell(values, number_format=""):
     return f"{median} ({low} to {high})"
 
 
+def span(values):
+    """Returns the text of the lowest and the highest value."""
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def draw_bars(panels, xlabel, path):
     """Draws medians with quartiles as a PNG, one panel per group.
 
