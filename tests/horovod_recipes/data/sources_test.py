@@ -16,8 +16,8 @@ from horovod_recipes.configs import demo
 from horovod_recipes.configs._check import check_source
 from horovod_recipes.data import pipeline
 from horovod_recipes.data import sources
-from horovod_recipes.data.named_errors import name_in
 from horovod_recipes.data.__main__ import main as prepare
+from horovod_recipes.data.named_errors import name_in
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import rehearsal
 from tests.horovod_recipes.data.common import rank_input
@@ -57,9 +57,9 @@ def digits(folder):
 @pytest.mark.parametrize("damage", ["flipped", "cut", "shorter", "empty"])
 def test_damaged_shard_is_named(tmp_path, damage):
     """Without an error, a shorter shard would be evaluated as the whole one."""
-    folder, shard = digits(tmp_path)
+    _, shard = digits(tmp_path)
     content = bytearray(shard.read_bytes())
-    # A record begins with its length in 8 bytes, and has 8 more and 4 at its end.
+    # A record begins with its length in 8 bytes, and has 8 bytes more.
     first = 16 + int.from_bytes(content[:8], "little")
     if damage == "flipped":
         content[100] ^= 1
