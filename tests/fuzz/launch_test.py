@@ -202,8 +202,8 @@ def test_messages_of_the_watchdog(beat, problem, head):
         assert found is None or "rank 1 on " in found
         return ERROR
     assert "\n" not in found
-    if problem.split():
-        assert found == " ".join(problem.decode(errors="replace").split())
+    if told := " ".join(problem.decode(errors="replace").split()):
+        assert found == told
     else:
         assert found.startswith("rank 1 on ")
         assert " is lost: nothing has been heard of it for 100 s" in found
