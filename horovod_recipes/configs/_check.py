@@ -230,8 +230,10 @@ def _check_combinations(config):
             "model.batch_norm=synchronized; use "
             "model.batch_norm=micro_batch, or xla=False"
         )
-    excluded = config.optimizer.get("exclude_from_layer_adaptation") or ()
-    if config.optimizer_name != "sgd" and ".*" in excluded:
+    excluded = config.optimizer.get("exclude_from_layer_adaptation")
+    # The optimizer checks other types.
+    leaves_none = isinstance(excluded, list | tuple) and ".*" in excluded
+    if config.optimizer_name != "sgd" and leaves_none:
         raise JobError(
             "optimizer.exclude_from_layer_adaptation leaves no layer to adapt; "
             "use optimizer_name=sgd"

@@ -396,6 +396,14 @@ def test_key_or_type_that_no_job_can_read(changes, match):
         check_config(config)
 
 
+@pytest.mark.parametrize("excluded", [1, "bias", None, 0.5])
+def test_exclusions_of_any_type_are_left_to_the_optimizer(excluded):
+    config = demo.get_config()
+    with config.unlocked(), config.ignore_type():
+        config.optimizer.exclude_from_layer_adaptation = excluded
+    check_config(config)
+
+
 def test_keys_of_a_users_callback_are_no_mistakes():
     config = demo.get_config()
     with config.unlocked(), config.ignore_type():
