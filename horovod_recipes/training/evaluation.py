@@ -4,6 +4,8 @@ Source of the linear classifier: Chen et al., arXiv 2002.05709, appendix B.6: 90
 epochs of SGD with Nesterov's momentum of 0.9, a rate of 0.1 per 256 images that
 falls along a cosine, no weight decay, and random crops and flips. Source of the
 neighbours' settings: Wu et al., arXiv 1805.01978, section 3.4.
+
+A network trained with labels is evaluated in the same way, for comparison.
 """
 
 import json
@@ -19,6 +21,8 @@ from horovod_recipes.data.sources import load_source
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 from horovod_recipes.models.heads import encoder_of
+from horovod_recipes.training import checkpoints
+from horovod_recipes.training import fixed_features
 from horovod_recipes.training import neighbours
 from horovod_recipes.training import process
 from horovod_recipes.training import workdir as run_folder
@@ -49,8 +53,9 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
     `neighbours.png` to `workdir`.
 
     Args:
-        workdir: `pathlib.Path`, the work folder of a run with `task=simclr`.
-        linear_epochs: Integer >= 1, the epochs of the linear classifier.
+        workdir: `pathlib.Path`, the work folder of the run.
+        linear_epochs: Integer >= 1, the epochs of the linear classifier, or
+            None for `fixed_features`.
         with_random_weights: Whether to evaluate the same network with new
             random weights too. Defaults to `False`.
 
@@ -63,7 +68,7 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
     """
     with raised_on_every_rank():
         config = read_job(workdir)
-        encoder = load_encoder(workdir)
+        encoder = load_encoder(config, workdir)
         source = load_source(
             config.dataset.name,
             config.dataset.data_dir,
@@ -82,6 +87,7 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
             random, _ = evaluate(encoder, linear_epochs, *inputs)
             results |= {f"random_{name}": v for name, v in random.items()}
     results = {
+        "fixed_features": linear_epochs is None,
         "linear_epochs": linear_epochs,
         "neighbours": neighbours.NEIGHBOURS,
         "ranks": hvd.size(),
@@ -104,24 +110,26 @@ def read_job(workdir):
             f"no run in {workdir}: it has no config.json of a run; train one: "
             "python -m horovod_recipes.train --config=simclr:... --workdir=..."
         )
-    if saved["task"] != "simclr":
-        raise JobError(
-            f"the run in {workdir} has task={saved['task']} and no encoder; "
-            "its top-1 is in summary.json"
-        )
     return ConfigDict(saved)
 
 
-def load_encoder(workdir):
-    """Returns the encoder that a finished run has saved."""
-    path = workdir / "encoder.keras"
-    if not path.exists() and run_folder.read_summary(workdir) is None:
+def load_encoder(config, workdir):
+    """Returns the encoder of a finished run.
+
+    A run with labels has not saved it alone, so it is a part of the network.
+    """
+    if run_folder.read_summary(workdir) is None:
         raise JobError(
             f"no encoder in {workdir}: the run is not finished; continue it "
             "with horovod_recipes.train --resume"
         )
+    path = workdir / "encoder.keras"
+    if config.task != "simclr":
+        steps = checkpoints.saved_steps(workdir)
+        path = steps[max(steps)] if steps else workdir / "checkpoints"
     try:
-        return keras.saving.load_model(path)
+        model = keras.saving.load_model(path)
+        return model if config.task == "simclr" else encoder_of(model)
     except Exception as error:  # A broken file can raise any error.
         raise JobError(
             f"cannot load {path} ({one_line(error)}); restore it, or train "
@@ -141,14 +149,13 @@ def evaluate(encoder, epochs, config, source, corrupt_images, watchdog):
     """Returns the top-1 in percent of both methods, and the neighbours."""
     # No gradient, and batch norm uses its moving statistics.
     encoder.trainable = False
-    linear = linear_top1(
-        encoder,
-        config_of_classifier(config, epochs),
-        source,
-        corrupt_images,
-        watchdog,
-    )
-    nearest = neighbours.find(encoder, config, source, corrupt_images, watchdog)
+    inputs = source, corrupt_images, watchdog
+    if epochs is None:
+        linear = fixed_features.linear_top1(encoder, config, *inputs)
+    else:
+        classifier = config_of_classifier(config, epochs)
+        linear = linear_top1(encoder, classifier, *inputs)
+    nearest = neighbours.find(encoder, config, *inputs)
     results = {
         "linear_top1": round(100 * linear, 3),
         "knn_top1": round(100 * nearest.top1, 3),
@@ -162,9 +169,10 @@ def config_of_classifier(config, epochs):
     config.task = "classification"
     config.epochs = epochs
     config.label_smoothing = 0.0
-    config.dataset.augmentation = AUGMENTATION_OF_CLASSIFIER[
-        config.dataset.augmentation
-    ]
+    augmentation = config.dataset.augmentation
+    config.dataset.augmentation = AUGMENTATION_OF_CLASSIFIER.get(
+        augmentation, augmentation
+    )
     return config
 
 

@@ -63,6 +63,9 @@ def find(encoder, config, source, corrupt_images, watchdog):
         )
         for split in ("train", "test")
     )
+    mine, test = (
+        tf.math.l2_normalize(part, axis=-1).numpy() for part in (mine, test)
+    )
     best = _Best(len(test), min(NEIGHBOURS, _sum_over_ranks(len(mine))))
     for root in range(hvd.size()):
         others, other_labels = hvd.broadcast_object((mine, labels), root)
@@ -151,16 +154,15 @@ def shard_of(config, source, split, corrupt_images):
 
 
 def features(encoder, batches, watchdog):
-    """Returns normalized features `[n, d]` and labels `[n]` of a dataset."""
+    """Returns float32 features `[n, d]` and labels `[n]` of a dataset."""
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def normalized(images):
-        found = tf.cast(encoder(images, training=False), tf.float32)
-        return tf.math.l2_normalize(found, axis=-1)
+    def encoded(images):
+        return tf.cast(encoder(images, training=False), tf.float32)
 
     found = []
     for images, labels in batches:
-        found.append((normalized(images).numpy(), labels.numpy()))
+        found.append((encoded(images).numpy(), labels.numpy()))
         watchdog.progress()
     return [np.concatenate(part) for part in zip(*found, strict=True)]
 
