@@ -41,6 +41,7 @@ MOMENTUM = 0.9
 AUGMENTATION_OF_CLASSIFIER = {
     "simclr": "inception",
     "simclr_small": "inception_small",
+    "simclr_grey": "large_crop",
     # A mirrored digit is not a digit.
     "simclr_digits": "random_affine",
 }
@@ -150,12 +151,15 @@ def evaluate(encoder, epochs, config, source, corrupt_images, watchdog):
     # No gradient, and batch norm uses its moving statistics.
     encoder.trainable = False
     inputs = source, corrupt_images, watchdog
+    features = neighbours.features_of_splits(encoder, config, *inputs)
     if epochs is None:
-        linear = fixed_features.linear_top1(encoder, config, *inputs)
+        linear = fixed_features.linear_top1(
+            *features, config.dataset.num_classes, watchdog
+        )
     else:
         classifier = config_of_classifier(config, epochs)
         linear = linear_top1(encoder, classifier, *inputs)
-    nearest = neighbours.find(encoder, config, *inputs)
+    nearest = neighbours.find(*features, config, *inputs)
     results = {
         "linear_top1": round(100 * linear, 3),
         "knn_top1": round(100 * nearest.top1, 3),

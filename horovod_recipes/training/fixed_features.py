@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
-from horovod_recipes.training import neighbours
 
 # Passes over all features. Further ones change top-1 by about 0.1 points.
 STEPS = 500
@@ -16,31 +15,23 @@ STEPS = 500
 SMALLEST_VARIANCE = 1e-6
 
 
-def linear_top1(encoder, config, source, corrupt_images, watchdog):
+def linear_top1(train, test, num_classes, watchdog):
     """Returns the top-1, 0 to 1, of a softmax regression on fixed features.
 
     It uses neither random numbers nor a learning rate to tune, so the same
     features give the same result, to rounding, on any number of ranks.
 
     Args:
-        encoder: A Keras model from images to features.
-        config: The recipe's `ConfigDict`.
-        source: From `data.sources.load_source`.
-        corrupt_images: A `data.pipeline.CorruptImages`.
+        train: This rank's features `[n, d]` and labels `[n]` to train on.
+        test: The same of test images.
+        num_classes: Integer.
         watchdog: `hvd.callbacks.Watchdog`.
     """
-    (train, labels), (test, test_labels) = (
-        neighbours.features(
-            encoder,
-            neighbours.shard_of(config, source, split, corrupt_images),
-            watchdog,
-        )
-        for split in ("train", "test")
-    )
+    (train, labels), (test, test_labels) = train, test
     mean, whitening = whitening_of(train)
     weights = regression(
         whitened(train, mean, whitening),
-        np.eye(config.dataset.num_classes, dtype=np.float32)[labels],
+        np.eye(num_classes, dtype=np.float32)[labels],
         watchdog,
     )
     classes = (whitened(test, mean, whitening) @ weights).argmax(axis=1)
