@@ -40,17 +40,18 @@ LABELS = {
     "task": "classification",
     "dataset.augmentation": "large_crop",
 }
-# Epochs of each part, and how many of them warm up.
-EPOCHS = {"learning": (6, 1), "batch": (2, 0.5)}
+EPOCHS = {"learning": 6, "batch": 2}
+WARMUP_EPOCHS = 1
 BATCHES = (256, 1024, 4096)
-# The batch at which both rules give the same rate.
+# The batch from which the rates are scaled.
 BASE_BATCH = 1024
-# Optimizer and rule of each recipe; its rates at `BASE_BATCH`. Other batches
-# scale the first of them.
+# The rates of each optimizer at `BASE_BATCH`. Other batches scale the first.
+RATES = {"lars": (8.0,), "sgd": (1.0, 0.3)}
+# Optimizer and rule of each recipe of the batch part.
 RECIPES = {
-    "LARS, linear": ("lars", "linear", (8.0,)),
-    "LARS, square root": ("lars", "sqrt", (8.0,)),
-    "SGD, linear": ("sgd", "linear", (1.0, 0.3)),
+    "LARS, linear": ("lars", "linear"),
+    "LARS, square root": ("lars", "sqrt"),
+    "SGD, linear": ("sgd", "linear"),
 }
 # Time limit of each command, in seconds.
 TIME_LIMIT_S = 3600
@@ -62,9 +63,10 @@ class Trial:
 
     Attributes:
         part: `"learning"` or `"batch"`.
-        recipe: `"SimCLR"`, `"labels"`, or a name in `RECIPES`.
+        recipe: `"SimCLR"` or `"labels"`; or `"lars"` or `"sgd"`, for SimCLR.
         batch: Integer, the global batch.
         rate: Float, the highest learning rate.
+        epochs: Integer.
         seed: Integer.
     """
 
@@ -72,12 +74,13 @@ class Trial:
     recipe: str
     batch: int
     rate: float
-    seed: int = 0
+    epochs: int
+    seed: int
 
     @property
     def name(self):
-        words = f"{self.recipe}-{self.batch}-{self.rate:g}-{self.seed}"
-        return f"{self.part}-{words}".lower().replace(" ", "-").replace(",", "")
+        what = f"{self.part}-{self.recipe}-{self.batch}"
+        return f"{what}-{self.rate:g}-{self.seed}".lower()
 
 
 def trials():
@@ -85,32 +88,44 @@ def trials():
     config = recipes.get_config("fashion_mnist")
     size, rate = config.global_batch_size, config.schedule.peak_learning_rate
     found = [
-        Trial("learning", recipe, size, rate, seed)
+        Trial("learning", recipe, size, rate, EPOCHS["learning"], seed)
         for seed in SEEDS
         for recipe in ("labels", "SimCLR")
     ]
-    for batch in (BASE_BATCH, *(b for b in BATCHES if b != BASE_BATCH)):
-        for recipe, (_, rule, rates) in RECIPES.items():
-            for rate in rates if batch == BASE_BATCH else rates[:1]:
-                rate = scale_learning_rate(rate, batch, BASE_BATCH, rule)
-                found.append(Trial("batch", recipe, batch, rate))
-    return found
+    cells = [
+        (optimizer, BASE_BATCH, rate)
+        for optimizer, rates in RATES.items()
+        for rate in rates
+    ]
+    cells += [
+        (optimizer, batch, scaled_rate(optimizer, rule, batch))
+        for batch in BATCHES
+        for optimizer, rule in RECIPES.values()
+    ]
+    # At the base batch, both rules give the same cell.
+    return found + [
+        Trial("batch", *cell, EPOCHS["batch"], seed=0)
+        for cell in dict.fromkeys(cells)
+    ]
+
+
+def scaled_rate(optimizer, rule, batch):
+    return scale_learning_rate(RATES[optimizer][0], batch, BASE_BATCH, rule)
 
 
 def changes_of(trial):
     """Returns the values of the config's keys that a trial changes."""
-    epochs, warmup_epochs = EPOCHS[trial.part]
     changes = {
         "seed": trial.seed,
-        "epochs": epochs,
-        "schedule.warmup_epochs": warmup_epochs,
+        "epochs": trial.epochs,
+        "schedule.warmup_epochs": WARMUP_EPOCHS,
     }
     if trial.recipe == "labels":
         changes |= LABELS
     if trial.part == "batch":
         changes |= {
             "global_batch_size": trial.batch,
-            "optimizer_name": RECIPES[trial.recipe][0],
+            "optimizer_name": trial.recipe,
             "schedule.peak_learning_rate": trial.rate,
         }
     return changes
@@ -143,7 +158,6 @@ def run(trial, folder):
     )
     return dataclasses.asdict(trial) | {
         "commands": commands,
-        "epochs": summary["epochs"],
         "updates": summary["steps"],
         # By the probe that trained beside the encoder, or by its own logits.
         "own_top1": summary["top1"],
@@ -210,7 +224,7 @@ def setting():
         "config": recipes.get_config("fashion_mnist").to_dict(),
         "ranks": RANKS,
         "labels": LABELS,
-        "epochs": EPOCHS,
+        "warmup_epochs": WARMUP_EPOCHS,
     }
     return json.loads(json.dumps(values))
 
@@ -259,21 +273,23 @@ def spread(values):
 
 def batch_table(results):
     """Returns the table of batches, by the linear classifier."""
-    found = [result for result in results if result["part"] == "batch"]
+    found = {
+        (result["recipe"], result["batch"], result["rate"]): result
+        for result in results
+        if result["part"] == "batch"
+    }
     rows = []
     for batch in BATCHES:
-        of_batch = [result for result in found if result["batch"] == batch]
-        rows.append(
-            [f"{batch:,}"]
-            + [
-                "; ".join(
-                    f"{r['linear_top1']:.1f} at {r['rate']:g}"
-                    for r in of_batch
-                    if r["recipe"] == recipe
-                )
-                for recipe in RECIPES
-            ]
-        )
+        row = [f"{batch:,}"]
+        for optimizer, rule in RECIPES.values():
+            rate = scaled_rate(optimizer, rule, batch)
+            result = found.get((optimizer, batch, rate))
+            row.append(
+                f"{result['linear_top1']:.1f} at {rate:g}"
+                if result
+                else "not run"
+            )
+        rows.append(row)
     return _results.table(["batch", *RECIPES], rows)
 
 

@@ -156,8 +156,9 @@ def lars(weight_decay):
     """Returns `config.optimizer` for LARS as SimCLR sets it.
 
     Biases, batch norm and the linear probe are neither adapted nor decayed.
+    With task=classification, the layer of the logits takes the probe's place.
     """
-    excluded = ["/(bias|gamma|beta)$", "^probe/"]
+    excluded = ["/(bias|gamma|beta)$", "^(probe|logits)/"]
     return config_dict.create(
         momentum=0.9,
         weight_decay=weight_decay,
