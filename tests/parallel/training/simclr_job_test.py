@@ -239,7 +239,7 @@ def test_classifier_on_fixed_features_is_that_of_all_ranks():
     centres = rng.normal(size=(4, 6))
     labels = rng.integers(0, 4, 600)
     # Of very different sizes, and one without any information.
-    scales = np.array([1e-3, 1, 1, 10, 100, 0])
+    scales = np.array([1, 1, 3, 10, 100, 0])
     features = (centres[labels] + 2 * rng.normal(size=(600, 6))) * scales
     features = features.astype(np.float32)
     # The parts differ in size.
