@@ -13,6 +13,7 @@ import re
 from benchmarks import _results
 from benchmarks.speed import simclr
 from benchmarks.study import large_batch
+from benchmarks.study import simclr as simclr_study
 from horovod_recipes.configs import resnet50
 from horovod_recipes.planning import estimate
 from horovod_recipes.planning import page
@@ -202,11 +203,21 @@ def simclr_batch():
     return _results.table(header, rows)
 
 
+def simclr_trials():
+    return read_result("simclr_fashion_mnist.json")["trials"]
+
+
 TABLES = {
     "plan": printed_plan,
     "plan.published": published_efficiencies,
     "ratios": ratios,
     "simclr_8192": simclr_batch,
+    "simclr_fashion_mnist.batch": lambda: simclr_study.batch_table(
+        simclr_trials()
+    ),
+    "simclr_fashion_mnist.learning": lambda: simclr_study.learning_table(
+        simclr_trials()
+    ),
     "simclr_step": simclr_step,
     "upstream_binding": bindings,
     "upstream_binding.short": lambda: bindings(SHORT_PROMISES),
