@@ -42,9 +42,10 @@ LABELS = {
 }
 EPOCHS = {"learning": 6, "batch": 2}
 WARMUP_EPOCHS = 1
-BATCHES = (256, 1024, 4096)
 # The batch from which the rates are scaled.
 BASE_BATCH = 1024
+# In the order in which they run.
+BATCHES = (BASE_BATCH, 4096, 256)
 # The rates of each optimizer at `BASE_BATCH`. Other batches scale the first.
 RATES = {"lars": (8.0,), "sgd": (1.0, 0.3)}
 # Optimizer and rule of each recipe of the batch part.
@@ -93,14 +94,14 @@ def trials():
         for recipe in ("labels", "SimCLR")
     ]
     cells = [
-        (optimizer, BASE_BATCH, rate)
-        for optimizer, rates in RATES.items()
-        for rate in rates
-    ]
-    cells += [
         (optimizer, batch, scaled_rate(optimizer, rule, batch))
         for batch in BATCHES
         for optimizer, rule in RECIPES.values()
+    ]
+    cells += [
+        (optimizer, BASE_BATCH, rate)
+        for optimizer, rates in RATES.items()
+        for rate in rates
     ]
     # At the base batch, both rules give the same cell.
     return found + [
@@ -279,7 +280,7 @@ def batch_table(results):
         if result["part"] == "batch"
     }
     rows = []
-    for batch in BATCHES:
+    for batch in sorted(BATCHES):
         row = [f"{batch:,}"]
         for optimizer, rule in RECIPES.values():
             rate = scaled_rate(optimizer, rule, batch)
