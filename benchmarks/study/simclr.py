@@ -2,7 +2,7 @@
 
     python -m benchmarks.study.simclr
 
-It takes 90 minutes on 2 cores. It downloads Fashion-MNIST, and trains by
+It takes 80 minutes on 2 cores. It downloads Fashion-MNIST, and trains by
 `horovodrun` on two ranks, with the packaged config `simclr:fashion_mnist`:
 
 - Learning: SimCLR, and the same network with labels, over three seeds. Beside

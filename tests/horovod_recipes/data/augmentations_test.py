@@ -15,6 +15,7 @@ SHAPE = (32, 48, 3)
 CROPS = (
     augmentations.minimal,
     augmentations.inception,
+    augmentations.large_crop,
     augmentations.centre_of_scaled,
     augmentations.centre_square,
 )
@@ -193,6 +194,7 @@ def test_pixels_are_uint8_of_the_shape_and_depend_on_the_seed_alone(function):
         augmentations.random_affine,
         augmentations.minimal,
         augmentations.inception,
+        augmentations.large_crop,
         *VIEWS,
     )
     other = function(encoded, [1, 3], SHAPE)
