@@ -1,10 +1,11 @@
 """Evaluates the encoder that `--config=simclr` has trained.
 
 horovodrun -np 2 python -m horovod_recipes.evaluate --workdir=DIR
-    [--linear_epochs=90] [--with_random_weights]
+    [--linear_epochs=90 | --fixed_features] [--with_random_weights]
 
 It trains a linear classifier on the encoder's features, and classifies by the
 nearest neighbours. It prints and writes evaluation.json, and neighbours.png.
+It also evaluates a network trained with labels, without its last layer.
 """
 
 import argparse
@@ -44,7 +45,9 @@ def main(arguments):
             if options.linear_epochs < 1:
                 raise JobError("--linear_epochs must be 1 or more")
         results = evaluation.evaluate_workdir(
-            options.workdir, options.linear_epochs, options.with_random_weights
+            options.workdir,
+            None if options.fixed_features else options.linear_epochs,
+            options.with_random_weights,
         )
     except JobError as error:
         process.end_with_error(error)
@@ -64,13 +67,20 @@ def create_parser():
         "--workdir",
         required=True,
         type=pathlib.Path,
-        help="the folder of a finished run with task=simclr",
+        help="the folder of a finished run",
     )
-    parser.add_argument(
+    protocol = parser.add_mutually_exclusive_group()
+    protocol.add_argument(
         "--linear_epochs",
         type=int,
         default=90,
         help="epochs of the linear classifier (default: 90, as in the paper)",
+    )
+    protocol.add_argument(
+        "--fixed_features",
+        action="store_true",
+        help="train the linear classifier on features of whole images, which "
+        "are computed once, until it has converged; for small datasets",
     )
     parser.add_argument(
         "--with_random_weights",

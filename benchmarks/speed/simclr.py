@@ -23,9 +23,9 @@ from horovod_recipes.training import simclr
 
 GLOBAL_BATCH = 1024
 MICRO_BATCHES = 4
-# The network of the recipe for Fashion-MNIST, and a slower one.
+# The network of the recipe for digits, and a slower one.
 NETWORKS = {
-    "3 blocks, 28 x 28": ((28, 28, 1), {}),
+    "3 blocks, 28 x 28": ((28, 28, 1), {"stage_blocks": (1, 1, 1)}),
     "ResNet-18 with 16 channels, 32 x 32": (
         (32, 32, 3),
         {"stage_blocks": (2, 2, 2, 2), "stem_stride": 1},

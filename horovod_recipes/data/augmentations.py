@@ -85,12 +85,25 @@ def inception(encoded, seed, shape, is_jpeg=False):
     4:3. The source is Szegedy et al., arXiv 1409.4842, section 6. If ten
     attempts find no such crop, the function uses the whole image.
     """
+    return _crop_and_flip(encoded, seed, shape, is_jpeg, smallest_area=0.08)
+
+
+def _crop_and_flip(encoded, seed, shape, is_jpeg, smallest_area):
     # With a shared seed, the flip would depend on the crop's aspect ratio.
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed))
 
-    window = random_window(crop_seed, shape, smallest_area=0.08)
+    window = random_window(crop_seed, shape, smallest_area)
     (flip,) = tf.unstack(_uniform(flip_seed, 1))
     return _flip_if(flip < 0.5, decode_window(encoded, window, shape, is_jpeg))
+
+
+def large_crop(encoded, seed, shape, is_jpeg=False):
+    """Returns a crop for small images, flipped in half of the cases.
+
+    It is `inception` with a crop of 30 to 100 % of the area: a smaller part of
+    28 x 28 pixels fits many classes.
+    """
+    return _crop_and_flip(encoded, seed, shape, is_jpeg, smallest_area=0.3)
 
 
 def simclr(encoded, seed, shape, is_jpeg=False):
@@ -113,6 +126,16 @@ def simclr_small(encoded, seed, shape, is_jpeg=False):
     """
     crop_seed, colour_seed = tf.unstack(tf.random.split(seed))
     image = _to_float(inception(encoded, crop_seed, shape, is_jpeg))
+    return _to_uint8(colours.distort(image, colour_seed, strength=0.5))
+
+
+def simclr_grey(encoded, seed, shape, is_jpeg=False):
+    """Returns a random view of a small grey image, such as Fashion-MNIST's.
+
+    It is `simclr_small` with `large_crop`.
+    """
+    crop_seed, colour_seed = tf.unstack(tf.random.split(seed))
+    image = _to_float(large_crop(encoded, crop_seed, shape, is_jpeg))
     return _to_uint8(colours.distort(image, colour_seed, strength=0.5))
 
 
@@ -205,9 +228,16 @@ AUGMENTATIONS = {
     "inception": (inception, centre_square),
     # Small images are tested whole.
     "inception_small": (inception, whole),
+    "large_crop": (large_crop, whole),
     "simclr": (simclr, centre_square),
     "simclr_small": (simclr_small, whole),
+    "simclr_grey": (simclr_grey, whole),
     "simclr_digits": (simclr_digits, whole),
 }
 # Augmentations that make the views of SimCLR.
-AUGMENTATIONS_OF_VIEWS = ("simclr", "simclr_small", "simclr_digits")
+AUGMENTATIONS_OF_VIEWS = (
+    "simclr",
+    "simclr_small",
+    "simclr_grey",
+    "simclr_digits",
+)

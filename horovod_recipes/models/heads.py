@@ -68,7 +68,13 @@ def simclr_network(
 
 
 def encoder_of(network):
-    """Returns the encoder of a `simclr_network`, from images to features."""
-    return keras.Model(
-        network.input, network.output["features"], name="encoder"
-    )
+    """Returns the encoder of a network, from images to features.
+
+    Args:
+        network: A `simclr_network`, or a classifier of this package.
+    """
+    if isinstance(network.output, dict):
+        features = network.output["features"]
+    else:
+        features = network.layers[-1].input
+    return keras.Model(network.input, features, name="encoder")

@@ -4,6 +4,8 @@ Source of the linear classifier: Chen et al., arXiv 2002.05709, appendix B.6: 90
 epochs of SGD with Nesterov's momentum of 0.9, a rate of 0.1 per 256 images that
 falls along a cosine, no weight decay, and random crops and flips. Source of the
 neighbours' settings: Wu et al., arXiv 1805.01978, section 3.4.
+
+A network trained with labels is evaluated in the same way, for comparison.
 """
 
 import json
@@ -21,6 +23,8 @@ from horovod_recipes.data.sources import load_source
 from horovod_recipes.errors import JobError
 from horovod_recipes.errors import one_line
 from horovod_recipes.models.heads import encoder_of
+from horovod_recipes.training import checkpoints
+from horovod_recipes.training import fixed_features
 from horovod_recipes.training import neighbours
 from horovod_recipes.training import process
 from horovod_recipes.training import workdir as run_folder
@@ -39,6 +43,7 @@ MOMENTUM = 0.9
 AUGMENTATION_OF_CLASSIFIER = {
     "simclr": "inception",
     "simclr_small": "inception_small",
+    "simclr_grey": "large_crop",
     # A mirrored digit is not a digit.
     "simclr_digits": "random_affine",
 }
@@ -51,8 +56,9 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
     `neighbours.png` to `workdir`.
 
     Args:
-        workdir: `pathlib.Path`, the work folder of a run with `task=simclr`.
-        linear_epochs: Integer >= 1, the epochs of the linear classifier.
+        workdir: `pathlib.Path`, the work folder of the run.
+        linear_epochs: Integer >= 1, the epochs of the linear classifier, or
+            None for `fixed_features`.
         with_random_weights: Whether to evaluate the same network with new
             random weights too. Defaults to `False`.
 
@@ -65,7 +71,7 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
     """
     with raised_on_every_rank():
         config = read_job(workdir)
-        encoder = load_encoder(workdir)
+        encoder = load_encoder(config, workdir)
         source = load_source(
             config.dataset.name,
             config.dataset.data_dir,
@@ -86,6 +92,7 @@ def evaluate_workdir(workdir, linear_epochs, with_random_weights=False):
             random, _ = evaluate(encoder, linear_epochs, *inputs)
             results |= {f"random_{name}": v for name, v in random.items()}
     results = {
+        "fixed_features": linear_epochs is None,
         "linear_epochs": linear_epochs,
         "neighbours": neighbours.NEIGHBOURS,
         "ranks": hvd.size(),
@@ -117,24 +124,26 @@ def read_job(workdir):
             f"{workdir / 'config.json'} is damaged, or of another version: "
             f"{one_line(error)}"
         ) from None
-    if config.task != "simclr":
-        raise JobError(
-            f"the run in {workdir} has task={config.task} and no encoder; "
-            "its top-1 is in summary.json"
-        )
     return config
 
 
-def load_encoder(workdir):
-    """Returns the encoder that a finished run has saved."""
-    path = workdir / "encoder.keras"
-    if not path.exists() and run_folder.read_summary(workdir) is None:
+def load_encoder(config, workdir):
+    """Returns the encoder of a finished run.
+
+    A run with labels has not saved it alone, so it is a part of the network.
+    """
+    if run_folder.read_summary(workdir) is None:
         raise JobError(
             f"no encoder in {workdir}: the run is not finished; continue it "
             "with horovod_recipes.train --resume"
         )
+    path = workdir / "encoder.keras"
+    if config.task != "simclr":
+        steps = checkpoints.saved_steps(workdir)
+        path = steps[max(steps)] if steps else workdir / "checkpoints"
     try:
-        return keras.saving.load_model(path)
+        model = keras.saving.load_model(path)
+        return model if config.task == "simclr" else encoder_of(model)
     except Exception as error:  # A broken file can raise any error.
         raise JobError(
             f"cannot load {path} ({one_line(error)}); restore it, or train "
@@ -154,14 +163,16 @@ def evaluate(encoder, epochs, config, source, corrupt_images, watchdog):
     """Returns the top-1 in percent of both methods, and the neighbours."""
     # No gradient, and batch norm uses its moving statistics.
     encoder.trainable = False
-    linear = linear_top1(
-        encoder,
-        config_of_classifier(config, epochs),
-        source,
-        corrupt_images,
-        watchdog,
-    )
-    nearest = neighbours.find(encoder, config, source, corrupt_images, watchdog)
+    inputs = source, corrupt_images, watchdog
+    features = neighbours.features_of_splits(encoder, config, *inputs)
+    if epochs is None:
+        linear = fixed_features.linear_top1(
+            *features, config.dataset.num_classes, watchdog
+        )
+    else:
+        classifier = config_of_classifier(config, epochs)
+        linear = linear_top1(encoder, classifier, *inputs)
+    nearest = neighbours.find(*features, config, *inputs)
     results = {
         "linear_top1": round(100 * linear, 3),
         "knn_top1": round(100 * nearest.top1, 3),
@@ -175,9 +186,10 @@ def config_of_classifier(config, epochs):
     config.task = "classification"
     config.epochs = epochs
     config.label_smoothing = 0.0
-    config.dataset.augmentation = AUGMENTATION_OF_CLASSIFIER[
-        config.dataset.augmentation
-    ]
+    augmentation = config.dataset.augmentation
+    config.dataset.augmentation = AUGMENTATION_OF_CLASSIFIER.get(
+        augmentation, augmentation
+    )
     return config
 
 

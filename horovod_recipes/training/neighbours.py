@@ -41,14 +41,15 @@ class Nearest:
     places: np.ndarray
 
 
-def find(encoder, config, source, corrupt_images, watchdog):
+def find(train, test, config, source, corrupt_images, watchdog):
     """Finds the nearest training images of each test image, exactly.
 
     Each rank has the features of its shard of the training images. All ranks
     see one shard at a time.
 
     Args:
-        encoder: A Keras model from images to features.
+        train: This rank's features and labels of training images.
+        test: The same of test images.
         config: The recipe's `ConfigDict`.
         source: From `data.sources.load_source`.
         corrupt_images: A `data.pipeline.CorruptImages`.
@@ -58,10 +59,8 @@ def find(encoder, config, source, corrupt_images, watchdog):
         `Nearest`.
     """
     (mine, labels), (test, test_labels) = (
-        features(
-            encoder, shard_of(config, source, split, corrupt_images), watchdog
-        )
-        for split in ("train", "test")
+        (tf.math.l2_normalize(part, axis=-1).numpy(), part_labels)
+        for part, part_labels in (train, test)
     )
     best = _Best(len(test), min(NEIGHBOURS, _sum_over_ranks(len(mine))))
     for root in range(hvd.size()):
@@ -150,17 +149,26 @@ def shard_of(config, source, split, corrupt_images):
     return evaluation_batches(source, config.dataset, rank_input)
 
 
+def features_of_splits(encoder, config, source, corrupt_images, watchdog):
+    """Returns this rank's `features` of training images and of test images."""
+    return [
+        features(
+            encoder, shard_of(config, source, split, corrupt_images), watchdog
+        )
+        for split in ("train", "test")
+    ]
+
+
 def features(encoder, batches, watchdog):
-    """Returns normalized features `[n, d]` and labels `[n]` of a dataset."""
+    """Returns float32 features `[n, d]` and labels `[n]` of a dataset."""
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def normalized(images):
-        found = tf.cast(encoder(images, training=False), tf.float32)
-        return tf.math.l2_normalize(found, axis=-1)
+    def encoded(images):
+        return tf.cast(encoder(images, training=False), tf.float32)
 
     found = []
     for images, labels in batches:
-        found.append((normalized(images).numpy(), labels.numpy()))
+        found.append((encoded(images).numpy(), labels.numpy()))
         watchdog.progress()
     return [np.concatenate(part) for part in zip(*found, strict=True)]
 

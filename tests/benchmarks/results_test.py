@@ -16,6 +16,7 @@ from benchmarks.speed import callbacks
 from benchmarks.speed import optimizer_step
 from benchmarks.speed import resnet50_gpu
 from benchmarks.study import large_batch
+from benchmarks.study import simclr
 from benchmarks.study import trust_ratios
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -24,6 +25,7 @@ COMMANDS = (
     *(benchmark.module for benchmark in report.BENCHMARKS),
     resnet50_gpu,
     large_batch,
+    simclr,
     trust_ratios,
 )
 

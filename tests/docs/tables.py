@@ -14,6 +14,7 @@ import re
 from benchmarks import _results
 from benchmarks.speed import simclr
 from benchmarks.study import large_batch
+from benchmarks.study import simclr as simclr_study
 from horovod_recipes.configs import resnet50
 from horovod_recipes.planning import estimate
 from horovod_recipes.planning import page
@@ -257,6 +258,10 @@ def many_ranks():
     return _results.table(["16 ranks on 4 hosts", ""], rows)
 
 
+def simclr_trials():
+    return read_result("simclr_fashion_mnist.json")["trials"]
+
+
 TABLES = {
     "chaos": chaos,
     "fuzz": fuzzing,
@@ -265,6 +270,12 @@ TABLES = {
     "plan.published": published_efficiencies,
     "ratios": ratios,
     "simclr_8192": simclr_batch,
+    "simclr_fashion_mnist.batch": lambda: simclr_study.batch_table(
+        simclr_trials()
+    ),
+    "simclr_fashion_mnist.learning": lambda: simclr_study.learning_table(
+        simclr_trials()
+    ),
     "simclr_step": simclr_step,
     "upstream_binding": bindings,
     "upstream_binding.short": lambda: bindings(SHORT_PROMISES),

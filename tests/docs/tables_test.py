@@ -104,6 +104,34 @@ def sentences_on_simclr():
         f"the linear classifier reached {result['linear_top1']} %",
     )
     yield "docs/simclr.md", f"and {result['random_linear_top1']} % on random"
+    trials = tables.simclr_trials()
+    simclr, labels = (
+        [
+            trial
+            for trial in trials
+            if (trial["part"], trial["recipe"]) == ("learning", recipe)
+        ]
+        for recipe in ("SimCLR", "labels")
+    )
+    for key, sentence in (
+        (
+            "linear_top1",
+            "SimCLR is {:.1f} points above random weights and {:.1f} below",
+        ),
+        ("knn_top1", "it is {:.1f} points above and {:.1f} below."),
+    ):
+        mean, random, of_labels = (
+            statistics.mean(trial[name] for trial in found)
+            for found, name in (
+                (simclr, key),
+                (simclr, f"random_{key}"),
+                (labels, key),
+            )
+        )
+        yield (
+            "docs/simclr.md",
+            sentence.format(mean - random, of_labels - mean),
+        )
 
 
 def sentences_on_the_demo():

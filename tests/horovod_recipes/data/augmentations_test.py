@@ -15,6 +15,7 @@ SHAPE = (32, 48, 3)
 CROPS = (
     augmentations.minimal,
     augmentations.inception,
+    augmentations.large_crop,
     augmentations.centre_of_scaled,
     augmentations.centre_square,
 )
@@ -22,6 +23,7 @@ ALL = (augmentations.whole, augmentations.random_affine, *CROPS)
 VIEWS = (
     augmentations.simclr,
     augmentations.simclr_small,
+    augmentations.simclr_grey,
     augmentations.simclr_digits,
 )
 
@@ -130,21 +132,25 @@ def test_inception_crops_within_the_limits_and_flips_on_its_own():
         assert abs(correlation) < 0.15
 
 
-def test_views_of_digits_are_larger_and_not_mirrored(monkeypatch):
+@pytest.mark.parametrize(
+    ("view", "smallest", "is_mirrored"),
+    [
+        (augmentations.simclr_small, 0.08, True),
+        (augmentations.simclr_grey, 0.3, True),
+        (augmentations.simclr_digits, 0.4, False),
+    ],
+)
+def test_views_show_enough_of_the_image(
+    view, smallest, is_mirrored, monkeypatch
+):
     # The colours tell the place, so they must stay.
     monkeypatch.setattr(colours, "PROBABILITY_OF_JITTER", 0.0)
     monkeypatch.setattr(colours, "PROBABILITY_OF_GREY", 0.0)
     encoded = png(coordinates())
-    images = crops(augmentations.simclr_digits, encoded, 200)
-    _, _, heights, widths, flipped = windows(images)
+    _, _, heights, widths, flipped = windows(crops(view, encoded, 200))
     areas = heights * widths / (HEIGHT * WIDTH)
-    assert 0.39 < areas.min() < 0.45
-    assert not flipped.any()
-    images = crops(augmentations.simclr_small, encoded, 200)
-    _, _, heights, widths, flipped = windows(images)
-    areas = heights * widths / (HEIGHT * WIDTH)
-    assert 0.078 < areas.min() < 0.12
-    assert 0.4 < flipped.mean() < 0.6
+    assert smallest - 0.01 < areas.min() < smallest + 0.05
+    assert (0.4 < flipped.mean() < 0.6) if is_mirrored else not flipped.any()
 
 
 def test_inception_takes_the_whole_image_where_no_crop_fits():
@@ -188,6 +194,7 @@ def test_pixels_are_uint8_of_the_shape_and_depend_on_the_seed_alone(function):
         augmentations.random_affine,
         augmentations.minimal,
         augmentations.inception,
+        augmentations.large_crop,
         *VIEWS,
     )
     other = function(encoded, [1, 3], SHAPE)

@@ -1,6 +1,7 @@
 """A whole SimCLR job on two ranks: its files, its end, and its evaluation."""
 
 import json
+import shutil
 import time
 
 import keras
@@ -14,6 +15,7 @@ from horovod_recipes.configs import simclr
 from horovod_recipes.data.pipeline import CorruptImages
 from horovod_recipes.data.sources import load_source
 from horovod_recipes.errors import JobError
+from horovod_recipes.training import fixed_features
 from horovod_recipes.training import neighbours
 from horovod_recipes.training import process
 from horovod_recipes.training.evaluation import config_of_classifier
@@ -140,12 +142,17 @@ def check_evaluation(workdir, results):
     assert results["knn_top1"] == pytest.approx(100 * right / 1000, abs=0.2)
 
 
+def found_neighbours(encoder, *inputs):
+    features = neighbours.features_of_splits(encoder, *inputs)
+    return neighbours.find(*features, *inputs)
+
+
 def test_nearest_image_of_a_training_image_is_itself(finished):
     """The training images are those of the test split here, over ranks."""
     workdir, _ = finished
     encoder = keras.saving.load_model(workdir / "encoder.keras")
     with hvd.callbacks.Watchdog(600) as watchdog:
-        nearest = neighbours.find(encoder, *inputs(), watchdog)
+        nearest = found_neighbours(encoder, *inputs(), watchdog)
         rows = neighbours.images_of(nearest, *inputs(), watchdog)
     assert len(rows) == 8
     for query, first, *others in rows:
@@ -226,6 +233,48 @@ def test_linear_classifier_learns_pixels():
     assert_same_on_all_ranks([top1[0]])
 
 
+def test_classifier_on_fixed_features_is_that_of_all_ranks():
+    """Its weights minimize the loss, as one process with all data sees it."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 6))
+    labels = rng.integers(0, 4, 600)
+    # Of very different sizes, and one without any information.
+    scales = np.array([1, 1, 3, 10, 100, 0])
+    features = (centres[labels] + 2 * rng.normal(size=(600, 6))) * scales
+    features = features.astype(np.float32)
+    # The parts differ in size.
+    mine = slice(0, 200) if hvd.rank() == 0 else slice(200, 600)
+    with hvd.callbacks.Watchdog(600) as watchdog:
+        mean, whitening = fixed_features.whitening_of(features[mine])
+        whitened = fixed_features.whitened(features, mean, whitening)
+        targets = np.eye(4, dtype=np.float32)[labels]
+        weights = fixed_features.regression(
+            whitened[mine], targets[mine], watchdog
+        )
+        part = features[mine], labels[mine]
+        top1 = fixed_features.linear_top1(part, part, 4, watchdog)
+    assert_same_on_all_ranks([weights, top1])
+    logits = whitened @ weights
+    errors = tf.nn.softmax(logits).numpy() - targets
+    np.testing.assert_allclose(whitened.T @ errors / 600, 0, atol=1e-4)
+    assert top1 == pytest.approx(np.mean(logits.argmax(1) == labels))
+    assert 0.5 < top1 < 0.99
+
+
+def test_network_with_labels_is_evaluated_without_its_last_layer(
+    finished_job, shared_folder
+):
+    workdir = shared_folder / "labels"
+    on_rank_0(shutil.copytree, finished_job.workdir, workdir)
+    arguments = [f"--workdir={workdir}", "--fixed_features"]
+    assert evaluate.main(arguments) == 0
+    hvd.allgather_object(None)
+    results = json.loads((workdir / "evaluation.json").read_text())
+    assert (results["fixed_features"], results["linear_epochs"]) == (True, None)
+    assert results["linear_top1"] > 50
+    assert results["knn_top1"] > 50
+
+
 def test_corrupt_images_do_not_count_where_the_run_skips_them(
     finished, shared_folder
 ):
@@ -237,7 +286,7 @@ def test_corrupt_images_do_not_count_where_the_run_skips_them(
     encoder = keras.saving.load_model(workdir / "encoder.keras")
     skipped = CorruptImages("skip")
     with hvd.callbacks.Watchdog(600) as watchdog:
-        nearest = neighbours.find(encoder, config, source, skipped, watchdog)
+        nearest = found_neighbours(encoder, config, source, skipped, watchdog)
     names = set().union(*hvd.allgather_object(skipped.names))
     assert len(names) == 2
     # The share is that of the 998 images that can be decoded.
@@ -252,9 +301,8 @@ def assert_evaluation_refused(match, workdir):
     assert "\n" not in messages[0]
 
 
-def test_workdir_without_an_encoder(finished, finished_job, shared_folder):
+def test_workdir_without_an_encoder(finished, shared_folder):
     assert_evaluation_refused("no run in", shared_folder / "nothing")
-    assert_evaluation_refused("task=classification", finished_job.workdir)
     workdir, _ = finished
     copy = shared_folder / "copy"
 
