@@ -198,7 +198,9 @@ def test_a_saved_file_is_one_of_keras_alone(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300
     )
     outputs = np.load(tmp_path / "outputs.npy")
-    np.testing.assert_allclose(outputs, fused.predict(IMAGES), rtol=1e-5)
+    np.testing.assert_allclose(
+        outputs, fused.predict(IMAGES), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_on_another_backend(tmp_path):
