@@ -46,8 +46,8 @@ WARMUP_EPOCHS = 1
 BASE_BATCH = 1024
 # In the order in which they run.
 BATCHES = (BASE_BATCH, 4096, 256)
-# The rates of each optimizer at `BASE_BATCH`. Other batches scale the first.
-RATES = {"lars": (8.0,), "sgd": (1.0, 0.3)}
+# The rate of each optimizer at `BASE_BATCH`, which other batches scale.
+RATES = {"lars": 8.0, "sgd": 1.0}
 # Optimizer and rule of each recipe of the batch part.
 RECIPES = {
     "LARS, linear": ("lars", "linear"),
@@ -98,11 +98,6 @@ def trials():
         for batch in BATCHES
         for optimizer, rule in RECIPES.values()
     ]
-    cells += [
-        (optimizer, BASE_BATCH, rate)
-        for optimizer, rates in RATES.items()
-        for rate in rates
-    ]
     # At the base batch, both rules give the same cell.
     return found + [
         Trial("batch", *cell, EPOCHS["batch"], seed=0)
@@ -111,7 +106,7 @@ def trials():
 
 
 def scaled_rate(optimizer, rule, batch):
-    return scale_learning_rate(RATES[optimizer][0], batch, BASE_BATCH, rule)
+    return scale_learning_rate(RATES[optimizer], batch, BASE_BATCH, rule)
 
 
 def changes_of(trial):

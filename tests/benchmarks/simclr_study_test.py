@@ -41,13 +41,13 @@ def test_trials_are_seeds_and_then_batches():
     for trial in trials[6:]:
         assert (trial.part, trial.seed) == ("batch", 0)
         rates[trial.recipe, trial.batch].add(trial.rate)
-    lars, sgd = (simclr.RATES[name][0] for name in ("lars", "sgd"))
+    lars, sgd = simclr.RATES["lars"], simclr.RATES["sgd"]
     assert rates == {
         ("lars", 256): {lars / 4, lars / 2},
-        ("lars", 1024): set(simclr.RATES["lars"]),
+        ("lars", 1024): {lars},
         ("lars", 4096): {lars * 4, lars * 2},
         ("sgd", 256): {sgd / 4},
-        ("sgd", 1024): set(simclr.RATES["sgd"]),
+        ("sgd", 1024): {sgd},
         ("sgd", 4096): {sgd * 4},
     }
     assert len({trial.name for trial in trials}) == len(trials)
@@ -139,7 +139,7 @@ def test_tables():
         "91.0 (90.0 to 92.0) |",
     ]
     rows = simclr.batch_table(results).splitlines()[2:]
-    lars, sgd = (simclr.RATES[name][0] for name in ("lars", "sgd"))
+    lars, sgd = simclr.RATES["lars"], simclr.RATES["sgd"]
     assert rows[0] == (
         f"| 256 | 80.0 at {lars / 4:g} | 80.0 at {lars / 2:g} | "
         f"80.0 at {sgd / 4:g} |"
