@@ -15,6 +15,8 @@ from horovod_recipes.errors import root_cause
 
 # Errors that a rank can get when another rank has ended.
 SHUTDOWN_ERRORS = (tf.errors.OpError, HorovodInternalError)
+# Part of the error of a record that TensorFlow cannot parse.
+NOT_PARSED = "Could not parse example input"
 
 
 @contextlib.contextmanager
@@ -51,18 +53,17 @@ def explained():
     except hvd.callbacks.ReplicasDiffer as error:
         raise JobError(str(error)) from error
     except UnicodeDecodeError as error:
-        if b"IteratorGetNext" not in error.object:
+        # TensorFlow puts the bytes of the record into its message.
+        if NOT_PARSED.encode() not in error.object:
             raise
-        # TensorFlow puts bytes of a damaged file into its message.
-        message = error.object.decode(errors="backslashreplace")
-        raise JobError(
-            f"rank {hvd.rank()} failed: {one_line(message)}"
-        ) from error
+        raise _record_not_parsed() from error
     except (*SHUTDOWN_ERRORS, OSError) as error:
         raise _stop_reason(error) from error
 
 
 def _stop_reason(error):
+    if NOT_PARSED in str(error):
+        return _record_not_parsed()
     if shard := name_in(error, DAMAGED_SHARD):
         return JobError(
             f"rank {hvd.rank()} cannot read all of the shard {shard}: it is "
@@ -77,6 +78,13 @@ def _stop_reason(error):
         return another_rank_stopped()
     return JobError(
         f"rank {hvd.rank()} failed: {type(error).__name__}: {root_cause(error)}"
+    )
+
+
+def _record_not_parsed():
+    return JobError(
+        f"rank {hvd.rank()} read a record of the dataset that is whole, but "
+        "no example of TensorFlow; prepare the dataset again"
     )
 
 

@@ -48,10 +48,16 @@ class MetricsTable(keras.callbacks.Callback):
             "test": task.evaluation_metrics,
         }
         self._rows = _read_table(self._path, self._columns())
+        if self._rows and not self._path.exists():
+            # The rows before the damage; no epoch may follow.
+            self._write()
 
     def on_epoch_end(self, epoch, logs=None):
         rows = [row for row in self._rows if int(row["epoch"]) <= epoch]
         self._rows = [*rows, self._row(epoch + 1, logs)]
+        self._write()
+
+    def _write(self):
         with written_atomically(self._path) as part:
             with part.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self._columns())

@@ -347,6 +347,9 @@ def test_damaged_table_is_kept_and_training_goes_on(
     assert line.startswith(f"warning: {path} cannot be continued (")
     assert f"its first {kept} rows" in line
     assert (tmp_path / "metrics.damaged.csv").read_bytes() == damaged
+    # A job with no epoch left does not lose these rows.
+    assert path.exists() == (kept > 0)
+    assert not kept or epochs_in(path) == [str(n + 1) for n in range(kept)]
     end_epochs(metrics, 4, 6)
     # Another damage does not replace the first copy.
     path.write_text("")
