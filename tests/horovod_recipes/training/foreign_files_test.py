@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.configs import simclr
 from horovod_recipes.errors import JobError
 from horovod_recipes.training import checkpoints
 from horovod_recipes.training import evaluation
@@ -33,7 +34,9 @@ def as_checkpoint(path):
 def as_encoder(path):
     """Loads a model as `horovod_recipes.evaluate` does."""
     path.rename(path.parent / "encoder.keras")
-    return evaluation.load_encoder(path.parent)
+    (path.parent / "summary.json").write_text('{"top1": 50.0}')
+    config = simclr.get_config("digits")
+    return evaluation.load_encoder(config, path.parent)
 
 
 LOADERS = (hvd.load_model, as_checkpoint, as_encoder)
