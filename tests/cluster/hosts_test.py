@@ -53,7 +53,7 @@ def test_ended_session_leaves_nothing_behind(tmp_path, number):
     )
     while "ready" not in (line := session.stdout.readline()):
         assert line
-    prefix = f"{hosts.PREFIX}{session.pid}-"
+    prefix = f"{hosts.PREFIX}{session.pid}-0-"
     mine = sorted(n for n in hosts.namespaces() if n.startswith(prefix))
     assert mine == [prefix + name for name in ("h1", "h2", "switch")]
     session.send_signal(number)

@@ -36,6 +36,7 @@ def test_evaluate_runs_no_code_of_an_encoder(tmp_path):
     mark = tmp_path / "mark"
     config = simclr.get_config("digits")
     (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "summary.json").write_text('{"top1": 50.0}')
     malicious_models.bytecode(tmp_path / "encoder.keras", mark)
     result = run(*python("horovod_recipes.evaluate", f"--workdir={tmp_path}"))
     assert result.returncode == 1
