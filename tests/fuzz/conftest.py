@@ -6,11 +6,12 @@ import time
 
 import hypothesis
 import pytest
+import tensorflow as tf
 
 from benchmarks import _results
 from tests.fuzz import fuzzing
 
-PACKAGES = ("hypothesis", "horovod", "keras", "ml_collections", "tensorflow")
+PACKAGES = ("horovod", "hypothesis", "keras", "ml_collections")
 
 _common = {
     # A job's start takes longer than hypothesis expects of an input.
@@ -90,6 +91,8 @@ def pytest_sessionfinish(session, exitstatus):
         "targets": dict(sorted(_targets.items())),
         "versions": {
             "python": platform.python_version(),
+            # Its package has several names.
+            "tensorflow": tf.__version__,
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
     }
