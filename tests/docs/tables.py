@@ -60,6 +60,7 @@ MANY_RANKS = {
     "rank0_mb_before": "memory of rank 0 before them, MB",
     "rank0_mb_after": "memory of rank 0 after them, MB",
 }
+FUZZING = ("inputs", "right result", "clear error")
 
 
 def read_result(name):
@@ -219,6 +220,19 @@ def simclr_batch():
     return _results.table(header, rows)
 
 
+def fuzzing():
+    """Returns the number of inputs of each fuzzer, and how they ended."""
+    result = read_result("fuzz.json")
+    rows = [
+        [name, *(f"{target.get(key, 0):,}" for key in FUZZING)]
+        for name, target in [
+            *result["targets"].items(),
+            ("all", result["total"]),
+        ]
+    ]
+    return _results.table(["fuzzer", *FUZZING], rows)
+
+
 def chaos():
     """Returns the outcomes of the faults that jobs were given."""
     faults = collections.defaultdict(list)
@@ -249,6 +263,7 @@ def simclr_trials():
 
 TABLES = {
     "chaos": chaos,
+    "fuzz": fuzzing,
     "many_ranks": many_ranks,
     "plan": printed_plan,
     "plan.published": published_efficiencies,

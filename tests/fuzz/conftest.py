@@ -6,7 +6,6 @@ import time
 
 import hypothesis
 import pytest
-import tensorflow as tf
 
 from benchmarks import _results
 from tests.fuzz import fuzzing
@@ -80,6 +79,8 @@ def pytest_sessionfinish(session, exitstatus):
     path = getattr(options, "fuzz_results", None)
     if not path or exitstatus or hasattr(session.config, "workerinput"):
         return
+    import tensorflow as tf
+
     total = {
         name: sum(target.get(name, 0) for target in _targets.values())
         for name in ("inputs", fuzzing.RIGHT, fuzzing.ERROR, "seconds")

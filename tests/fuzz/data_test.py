@@ -116,7 +116,7 @@ def pictures(tmp_path_factory):
 
 
 @tries(
-    full=200,
+    full=400,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
@@ -181,7 +181,7 @@ def shard(tmp_path_factory):
 
 
 @tries(
-    full=200,
+    full=400,
     short=6,
     data=st.data(),
     action=st.sampled_from(["stop", "skip"]),
@@ -230,7 +230,7 @@ def examples(draw, whole):
 
 
 @tries(
-    full=200,
+    full=400,
     short=6,
     data=st.data(),
     number=st.integers(0, IMAGES - 1),
