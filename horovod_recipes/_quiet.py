@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -23,11 +24,13 @@ def without_banner():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
     stderr = os.dup(2)
-    command = [
-        *("sh", "-c", 'trap "" TERM; exec sed --unbuffered "$@"', "sh"),
-        *(f"--expression=/{b}/d" for b in BANNER),
-    ]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr) as sed:
+    command = ["sed", "--unbuffered", *(f"--expression=/{b}/d" for b in BANNER)]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=stderr,
+        preexec_fn=_ignore_sigterm,
+    ) as sed:
         os.dup2(sed.stdin.fileno(), 2)
         try:
             yield
@@ -35,3 +38,7 @@ def without_banner():
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def _ignore_sigterm():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

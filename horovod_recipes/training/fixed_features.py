@@ -8,8 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 import horovod_recipes.keras as hvd
+from horovod_recipes.training.neighbours import sum_over_ranks
 
-# Passes over all features. Further ones change top-1 by about 0.1 points.
+# Passes over all features.
 STEPS = 500
 # The smallest variance that is scaled to 1, as a share of the largest.
 SMALLEST_VARIANCE = 1e-6
@@ -92,8 +93,3 @@ def regression(features, targets, watchdog):
         weights = new
         watchdog.progress()
     return weights
-
-
-def sum_over_ranks(values):
-    """Returns the sum of a number or an array over all ranks."""
-    return hvd.allreduce(tf.constant(values), op=hvd.Sum).numpy()

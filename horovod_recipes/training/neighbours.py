@@ -62,7 +62,7 @@ def find(train, test, config, source, corrupt_images, watchdog):
         (tf.math.l2_normalize(part, axis=-1).numpy(), part_labels)
         for part, part_labels in (train, test)
     )
-    best = _Best(len(test), min(NEIGHBOURS, _sum_over_ranks(len(mine))))
+    best = _Best(len(test), min(NEIGHBOURS, int(sum_over_ranks(len(mine)))))
     for root in range(hvd.size()):
         others, other_labels = hvd.broadcast_object((mine, labels), root)
         for begin in range(0, len(others), BLOCK):
@@ -74,7 +74,7 @@ def find(train, test, config, source, corrupt_images, watchdog):
                 best.merge(rows, similarity, other_labels[block], root, numbers)
                 watchdog.progress()
     classes = best.classes(config.dataset.num_classes)
-    right = _sum_over_ranks(np.sum(classes == test_labels))
+    right = sum_over_ranks(np.sum(classes == test_labels))
     queries = []
     if hvd.rank() == 0:
         batches = shard_of(config, source, "test", corrupt_images)
@@ -82,7 +82,7 @@ def find(train, test, config, source, corrupt_images, watchdog):
     queries, places = hvd.broadcast_object(
         (queries, best.places[:PICTURE_QUERIES, :PICTURE_NEIGHBOURS]), 0
     )
-    return Nearest(right / _sum_over_ranks(len(test)), queries, places)
+    return Nearest(float(right / sum_over_ranks(len(test))), queries, places)
 
 
 class _Best:
@@ -131,8 +131,9 @@ class _Best:
         return votes.argmax(axis=1)
 
 
-def _sum_over_ranks(number):
-    return int(hvd.allreduce(tf.constant(number, tf.int64), op=hvd.Sum))
+def sum_over_ranks(values):
+    """Returns the sum of a number or an array over all ranks, with NumPy."""
+    return hvd.allreduce(tf.constant(values), op=hvd.Sum).numpy()
 
 
 def shard_of(config, source, split, corrupt_images):
