@@ -25,12 +25,9 @@ def without_banner():
     sys.stderr.flush()
     stderr = os.dup(2)
     command = ["sed", "--unbuffered", *(f"--expression=/{b}/d" for b in BANNER)]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=stderr,
-        preexec_fn=_ignore_sigterm,
-    ) as sed:
+    with _sigterm_blocked():
+        sed = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr)
+    with sed:
         os.dup2(sed.stdin.fileno(), 2)
         try:
             yield
@@ -40,5 +37,11 @@ def without_banner():
             os.close(stderr)
 
 
-def _ignore_sigterm():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextlib.contextmanager
+def _sigterm_blocked():
+    """Lets SIGTERM wait for the end of a block; its children never get it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
