@@ -75,7 +75,9 @@ def test_other_process_resumes_a_saved_model(tmp_path):
     model.fit(x, y, batch_size=32, shuffle=False, verbose=0)
     after = np.load(tmp_path / "after.npz")
     for i, a in enumerate(model.get_weights()):
-        np.testing.assert_array_equal(a, after[f"arr_{i}"])
+        # Rounding may differ between processes. A momentum that was lost would
+        # change the weights by more than 1e-3.
+        np.testing.assert_allclose(a, after[f"arr_{i}"], rtol=0, atol=1e-6)
 
 
 def test_weights_only_checkpoint_resumes_bit_for_bit(tmp_path):
