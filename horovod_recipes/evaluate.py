@@ -36,10 +36,8 @@ def main(arguments):
         print(f"error: {error}", file=sys.stderr)
         return 1
 
-    process.silence_libraries()
-    process.write_whole_lines()
-    hvd.init()
     try:
+        process.start()
         with raised_on_every_rank():
             process.choose_gpu()
             if options.linear_epochs < 1:

@@ -91,9 +91,7 @@ def run(flags, argv, callbacks):
     from horovod_recipes.training.failures import raised_on_every_rank
     from horovod_recipes.training.job import train_and_evaluate
 
-    process.silence_libraries()
-    process.write_whole_lines()
-    hvd.init()
+    process.start()
     with raised_on_every_rank():
         process.choose_gpu()
         config_name = _config_flag.parse(flags, argv)

@@ -11,12 +11,10 @@ write, and ignore the rest (docs/security.md).
 import contextlib
 import faulthandler
 import hmac
-import http.client
 import itertools
 import os
 import pathlib
 import re
-import socket
 import sys
 import threading
 import time
@@ -26,14 +24,13 @@ import keras
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
+from horovod_recipes.keras import _server
+from horovod_recipes.keras._server import HOST
+from horovod_recipes.keras._server import MAX_REQUESTS_PER_SECOND
+from horovod_recipes.keras._server import NOT_REACHED
+
 # Seconds between two beats of a rank, in a job of up to 64 ranks.
 BEAT_PERIOD_SECONDS = 0.5
-# Cap on server requests per second, over all ranks.
-MAX_REQUESTS_PER_SECOND = 384
-# Seconds that the server may take to answer.
-SERVER_TIMEOUT_SECONDS = 1.25
-# Bytes of an answer that a rank reads. A stranger may have written more.
-MAX_ANSWER_BYTES = 2**20
 # Bytes of the key that signs messages.
 KEY_BYTES = 32
 # Seconds between reporting a problem and ending, so that other ranks read it.
@@ -58,10 +55,6 @@ _FROM_HOROVOD = re.compile(
     r"(allreduce|allgather|broadcast|reducescatter|alltoall|join)",
     re.IGNORECASE,
 )
-
-# Errors of a request that has not reached the server.
-NOT_REACHED = (OSError, http.client.HTTPException)
-HOST = os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()
 
 _running = None
 _collectives = None
@@ -341,13 +334,12 @@ class Peers:
         self.delay = self.period * rank / size
         # Seconds without a beat until a rank is lost: two beats, and a margin.
         self.silence = 2 * self.period + 1.5
-        self.server = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
+        self.server = _server.address()
         self.key = key
         # Each object has its own scope: earlier messages are out of date.
         self._scope = f"watchdog{next(_blocks)}"
         self._rank = rank
         self._next = (rank + 1) % size
-        self._port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
         self._beats = 0
         # The number of a beat, the host and the step.
         self._beat_of_next = (0, None, None)
@@ -410,15 +402,9 @@ class Peers:
 
     def _request(self, method, name, text=None):
         path = f"/{self._scope}/{name}"
-        connection = http.client.HTTPConnection(
-            self.server, int(self._port), timeout=SERVER_TIMEOUT_SECONDS
-        )
-        with contextlib.closing(connection):
-            body = None if text is None else self._signed(path, text.encode())
-            connection.request(method, path, body)
-            response = connection.getresponse()
-            answer = response.read(MAX_ANSWER_BYTES)
-        if response.status != http.client.OK:
+        body = None if text is None else self._signed(path, text.encode())
+        answer = _server.request(method, path, body)
+        if answer is None:
             return None
         _, _, text = answer.partition(b" ")
         # A copy of another message is not signed for this path.

@@ -13,6 +13,26 @@ from horovod_recipes.errors import one_line
 from keras_lars import _xla_flags
 
 
+def start():
+    """Starts Horovod, in a command that prints only its own lines and errors.
+
+    Raises:
+        JobError: If a rank does not start, or `horovodrun` is lost.
+    """
+    silence_libraries()
+    write_whole_lines()
+    try:
+        hvd.init()
+    except RuntimeError as error:
+        raise JobError(str(error)) from error
+
+
+def silence_libraries():
+    """Lets TensorFlow and absl print only errors."""
+    tf.get_logger().setLevel("ERROR")
+    logging.set_verbosity(logging.ERROR)
+
+
 def write_whole_lines():
     """Makes stdout and stderr write each line in one piece.
 
@@ -21,12 +41,6 @@ def write_whole_lines():
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, write_through=False)
-
-
-def silence_libraries():
-    """Lets TensorFlow and absl print only errors."""
-    tf.get_logger().setLevel("ERROR")
-    logging.set_verbosity(logging.ERROR)
 
 
 def choose_gpu():

@@ -17,9 +17,10 @@ from tests.jobs.launcher import HOROVODRUN
 from tests.jobs.launcher import ROOT
 
 # In seconds, from the fault to the end of the job; most of it is for two cores
-# that four ranks share. Gloo waits 30 s for a silent host.
+# that four ranks share. Gloo waits 30 s for a silent host, and at the start
+# ranks wait 120 s.
 SECONDS_TO_END = 90
-SECONDS_TO_END_SILENT = 150
+SECONDS_TO_END_SILENT = 180
 # In seconds, until the job has trained on after a fault that it survives.
 SECONDS_TO_GO_ON = 90
 # In seconds: shorter than Gloo's limit, and longer.

@@ -16,7 +16,8 @@ from horovod.runner.http.http_server import KVStoreServer
 import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
 from horovod_recipes.keras import _watchdog
-from horovod_recipes.keras._watchdog import HOST
+from horovod_recipes.keras._server import HOST
+from horovod_recipes.keras._server import MAX_ANSWER_BYTES
 from horovod_recipes.keras._watchdog import SECONDS_TO_SAY_WHY
 from horovod_recipes.keras.callbacks import Watchdog
 from horovod_recipes.training.failures import explained
@@ -139,7 +140,7 @@ def ask_server(method, path, body=None):
         b"rank 1 on h2 hangs",
         b"\xff\xfe \xff",
         b"0" * 64 + b" rank 1 on h2 hangs",
-        b"x" * 2 * _watchdog.MAX_ANSWER_BYTES,
+        b"x" * 2 * MAX_ANSWER_BYTES,
         None,
     ],
     ids=["empty", "text", "bytes", "signature", "long", "other_key"],

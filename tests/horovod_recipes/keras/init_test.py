@@ -1,0 +1,93 @@
+"""Ranks, as threads of one process, meet before Horovod starts."""
+
+import concurrent.futures
+import socket
+import time
+
+import pytest
+from horovod.runner.http.http_server import KVStoreServer
+
+from horovod_recipes.keras import _init
+from horovod_recipes.keras._server import HOST
+
+
+@pytest.fixture
+def _server(monkeypatch):
+    """A server like that of horovodrun."""
+    server = KVStoreServer(verbose=0)
+    port = server.start_server()
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(port))
+    yield
+    server.shutdown_server()
+
+
+def meet(seconds_late, absent=()):
+    """Lets ranks meet, and returns the time or the error of each.
+
+    Args:
+        seconds_late: List of floats, when each rank comes.
+        absent: The ranks that never come.
+    """
+    size = len(seconds_late)
+
+    def come(rank):
+        time.sleep(seconds_late[rank])
+        _init.Meeting(rank, size, "start0").wait()
+        return time.monotonic()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        results = {
+            rank: threads.submit(come, rank)
+            for rank in range(size)
+            if rank not in absent
+        }
+    return [r.exception() or r.result() for r in results.values()]
+
+
+@pytest.mark.usefixtures("_server")
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_no_rank_starts_before_the_last(late):
+    begin = time.monotonic()
+    starts = meet([0.6 if rank == late else 0.0 for rank in range(4)])
+    assert min(starts) - begin >= 0.6
+
+
+@pytest.mark.usefixtures("_server")
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_every_rank_names_the_one_that_does_not_come(monkeypatch, late):
+    monkeypatch.setattr(_init, "SECONDS_TO_WAIT", 0.5)
+    errors = meet([0.0] * 4, absent=[late])
+    others = [rank for rank in range(4) if rank != late]
+    for rank, error in zip(others, errors, strict=True):
+        assert isinstance(error, RuntimeError)
+        assert str(error).startswith(f"rank {rank} on {HOST} waited ")
+        assert f"s for rank {late}, which has not called" in str(error)
+
+
+@pytest.mark.usefixtures("_server")
+def test_rank_0_says_for_whom_it_waits(monkeypatch, capsys):
+    monkeypatch.setattr(_init, "SECONDS_UNTIL_NOTE", 0.2)
+    meet([0.0, 0.0, 0.8])
+    assert capsys.readouterr().err == "rank 0 waits for rank 2\n"
+
+
+@pytest.mark.usefixtures("_server")
+def test_longer_limit_of_gloo_holds(monkeypatch):
+    monkeypatch.setattr(_init, "SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "60")
+    begin = time.monotonic()
+    assert min(meet([0.0, 0.6])) - begin >= 0.6
+
+
+def test_lost_horovodrun_is_named(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(port))
+    monkeypatch.setattr(_init, "SECONDS_OF_SILENCE", 0.3)
+    for rank, error in enumerate(meet([0.0, 0.0])):
+        assert str(error).startswith(
+            f"rank {rank} on {HOST} has not reached horovodrun at 127.0.0.1"
+        )
