@@ -6,20 +6,23 @@
 The small setting takes 7 minutes on 2 cores, the full one 3 hours. With
 `KERAS_BACKEND=jax` it runs on a GPU if there is one. It downloads Fashion-MNIST
 and trains two small networks on it, an AlexNet without batch norm and a ResNet
-with it. Each global batch gets the same number of epochs. The four recipes are:
+with it. Each global batch gets the same number of epochs. The recipes are:
 
 - SGD with momentum at a fixed rate;
 - SGD whose rate scales linearly with the batch, after a warm-up (Goyal et al.,
   https://arxiv.org/abs/1706.02677), against which the LARS paper argues;
 - LARS with the usual exclusions, the same warm-up and the same decay;
-- the same with `unadapted_scale`.
+- the same with `unadapted_scale`;
+- LAMB and OrScale: `TrustRatio` around Adam and around Muon.
 
 A cell is a network, a recipe and a batch. The same number of tries searches for
 the rate of each cell, by the accuracy on 5,000 training images that no run is
-trained on. The best rate is then trained with two more seeds. The reported
-accuracy is the one on the 10,000 test images. A batch consists of micro-batches
-of 256, whose gradients are averaged. Batch norm's statistics are those of a
-micro-batch, so they are the same for all batches.
+trained on. The best rate is then trained with two more seeds. If the seeds
+differ by more than 10 points, all rates that were tried are trained with them,
+and the rate with the best mean is chosen. The reported accuracy is the one on
+the 10,000 test images. A batch consists of micro-batches of 256, whose
+gradients are averaged. Batch norm's statistics are those of a micro-batch, so
+they are the same for all batches.
 
 Each run is saved in a JSON file when it ends, and a study that was stopped
 resumes from this file. To print the tables and draw the figure from it:
@@ -61,11 +64,14 @@ FACTOR = 3
 POWERS_WITHOUT_LEARNING = (0, -2, -1, -4)
 # Top-1 in percent up to which a network only guesses; chance is 10.
 GUESSING_TOP1 = 20
+# Points between the seeds of a cell, above which its rate is chosen by them.
+WIDE_SPREAD = 10
 
 
 def runs_of_chain(network, recipe, setting):
     """Yields the runs of a network and a recipe, and is sent each result."""
     best_rates = {}
+    wide = []
     for batch in setting.batches:
         first = first_rate(RECIPES[recipe], batch, best_rates)
         tried = {}
@@ -73,9 +79,25 @@ def runs_of_chain(network, recipe, setting):
             exponent = next_exponent(tried)
             rate = rounded(first * FACTOR**exponent)
             tried[exponent] = yield Run(network, recipe, batch, rate, seed=0)
-        best_rates[batch] = best(tried.values())["rate"]
+        chosen = best(tried.values())
+        best_rates[batch] = chosen["rate"]
+        seeds = [chosen]
         for seed in range(1, setting.seeds):
-            yield Run(network, recipe, batch, best_rates[batch], seed)
+            seeds.append(
+                (yield Run(network, recipe, batch, chosen["rate"], seed))
+            )
+        if spread_of(seeds) > WIDE_SPREAD:
+            others = [r["rate"] for r in tried.values() if r is not chosen]
+            wide += [(batch, rate) for rate in others]
+    # Last: what was tried first at other batches does not depend on it.
+    for batch, rate in wide:
+        for seed in range(1, setting.seeds):
+            yield Run(network, recipe, batch, rate, seed)
+
+
+def spread_of(results):
+    top1s = [result["validation_top1"] for result in results]
+    return max(top1s) - min(top1s)
 
 
 def first_rate(recipe, batch, best_rates):
@@ -141,10 +163,7 @@ def study(setting, executor, path, train=train):
         for network in NETWORKS
         for recipe in RECIPES
     ]
-    cells = len(chains) * len(setting.batches)
-    progress = keras.utils.Progbar(
-        cells * (setting.tries + setting.seeds - 1), unit_name="run"
-    )
+    progress = keras.utils.Progbar(None, unit_name="run")
     waiting = {}
 
     def advance(chain, result):
@@ -237,31 +256,43 @@ def cells_of(results, setting):
         for recipe in RECIPES:
             # Follow the search, which depends on the results.
             chain = runs_of_chain(network, recipe, setting)
-            found = []
+            by_batch = {}
             run = next_of(chain, None)
             while run in results:
-                found.append(results[run])
+                by_batch.setdefault(run.batch, []).append(results[run])
                 run = next_of(chain, results[run])
             length = setting.tries + setting.seeds - 1
-            for begin in range(0, len(found) - length + 1, length):
-                cells.append(cell(found[begin : begin + length], setting))
+            cells += [
+                cell(found, setting)
+                for found in by_batch.values()
+                if len(found) >= length
+            ]
     return cells
 
 
 def cell(results, setting):
     """Returns the summary of a cell from its runs, in their order."""
-    tries = results[: setting.tries]
-    chosen = best(tries)
-    top1s = [r["test_top1"] for r in (chosen, *results[setting.tries :])]
-    rates = [t["rate"] for t in tries]
-    return {name: chosen[name] for name in ("network", "recipe", "batch")} | {
-        "updates": chosen["updates"],
-        "rate": chosen["rate"],
+    by_rate = {}
+    for result in results:
+        by_rate.setdefault(result["rate"], []).append(result)
+    seeds = max(
+        (found for found in by_rate.values() if len(found) == setting.seeds),
+        key=lambda found: (statistics.mean(map(score, found)), -rate_of(found)),
+    )
+    top1s = [result["test_top1"] for result in seeds]
+    rate, rates = rate_of(seeds), list(by_rate)
+    return {name: seeds[0][name] for name in ("network", "recipe", "batch")} | {
+        "updates": seeds[0]["updates"],
+        "rate": rate,
         "rates_tried": rates,
-        "rate_at_the_edge": chosen["rate"] in (min(rates), max(rates)),
+        "rate_at_the_edge": rate in (min(rates), max(rates)),
         "top1": top1s,
         "mean_top1": round(statistics.mean(top1s), 2),
     }
+
+
+def rate_of(results):
+    return results[0]["rate"]
 
 
 def repeat(name, setting, executor, path):
@@ -298,15 +329,22 @@ def print_report(cells):
         print(markdown(cells, network))
 
 
+def recipes_in(cells):
+    """Returns `{name: Recipe}` of the recipes that have cells."""
+    names = {cell["recipe"] for cell in cells}
+    return {name: about for name, about in RECIPES.items() if name in names}
+
+
 def markdown(cells, network):
     """Returns a network's table: mean, lowest and highest top-1, and rate."""
+    recipes = recipes_in(cells)
     by_place = {(c["batch"], c["recipe"]): c for c in cells_in(cells, network)}
     rows = []
     for batch in sorted({batch for batch, _ in by_place}):
-        found = [by_place.get((batch, recipe)) for recipe in RECIPES]
+        found = [by_place.get((batch, recipe)) for recipe in recipes]
         updates = next(c["updates"] for c in found if c is not None)
         rows.append([batch, updates, *map(cell_text, found)])
-    titles = [recipe.title for recipe in RECIPES.values()]
+    titles = [recipe.title for recipe in recipes.values()]
     return _results.table(["batch", "updates", *titles], rows)
 
 
@@ -331,7 +369,7 @@ def draw(cells, path):
     for axes, (network, title) in zip(
         panels, NETWORK_TITLES.items(), strict=True
     ):
-        for index, (recipe, about) in enumerate(RECIPES.items()):
+        for index, (recipe, about) in enumerate(recipes_in(cells).items()):
             line = [
                 c for c in cells_in(cells, network) if c["recipe"] == recipe
             ]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -11,6 +12,8 @@ from keras import layers
 
 from benchmarks.study import fashion_mnist
 from keras_lars import LARS
+from keras_lars import TrustRatio
+from keras_lars.muon import ConvMuon
 from keras_lars.schedules import WarmupPolynomialDecay
 
 # Images per micro-batch.
@@ -30,24 +33,90 @@ class Recipe:
     scaling: str | None
     # Whether the rate warms up and decays; otherwise it is fixed.
     scheduled: bool
-    lars_arguments: dict
+    # Function of a rate, or a schedule that counts updates, and the number of
+    # micro-batches of an update. It returns the optimizer.
+    optimizer: Callable
 
 
-# SGD is LARS that adapts no variable, so all other code is the same.
-SGD = {"exclude_from_layer_adaptation": [".*"]}
+def lars(rate, micro_batches, **arguments):
+    return LARS(
+        rate,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        # For such small networks, compiling takes longer than it saves.
+        jit_compile=False,
+        gradient_accumulation_steps=accumulation(micro_batches),
+        **arguments,
+    )
+
+
+def lamb(rate, micro_batches):
+    adam = keras.optimizers.Adam(
+        per_update(rate, micro_batches),
+        epsilon=1e-6,
+        gradient_accumulation_steps=accumulation(micro_batches),
+    )
+    return TrustRatio(adam, weight_decay=0.01, jit_compile=False)
+
+
+def orscale(rate, micro_batches):
+    muon = ConvMuon(
+        per_update(rate, micro_batches),
+        rms_rate=None,
+        weight_decay=None,
+        adam_weight_decay=None,
+        # Muon's rates are too high for Adam, which updates the biases.
+        adam_lr_ratio=0.1,
+        gradient_accumulation_steps=accumulation(micro_batches),
+    )
+    return TrustRatio(
+        muon,
+        weight_decay=WEIGHT_DECAY,
+        epsilon=1e-6,
+        clip=(0.5, 1.5),
+        jit_compile=False,
+    )
+
+
+def accumulation(micro_batches):
+    """Returns the argument of Keras that accumulates so many micro-batches."""
+    return micro_batches if micro_batches > 1 else None
+
+
+def per_update(rate, micro_batches):
+    """Returns a rate for an optimizer whose schedule counts micro-batches."""
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return PerUpdate(rate, micro_batches)
+    return rate
+
+
+class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that counts updates of several micro-batches."""
+
+    def __init__(self, schedule, micro_batches):
+        self._schedule, self._micro_batches = schedule, micro_batches
+
+    def __call__(self, step):
+        return self._schedule(step // self._micro_batches)
+
+
+# It is LARS that adapts no variable, so all other code is the same.
+sgd = functools.partial(lars, exclude_from_layer_adaptation=[".*"])
 RECIPES = {
-    "sgd": Recipe("SGD, fixed rate", 0.03, None, False, SGD),
+    "sgd": Recipe("SGD, fixed rate", 0.03, None, False, sgd),
     "sgd_linear": Recipe(
-        "SGD, linear scaling, warm-up", 0.03, "linear", True, SGD
+        "SGD, linear scaling, warm-up", 0.03, "linear", True, sgd
     ),
-    "lars": Recipe("LARS, usual exclusions", 2.0, "sqrt", True, {}),
+    "lars": Recipe("LARS, usual exclusions", 2.0, "sqrt", True, lars),
     "lars_scaled": Recipe(
         "LARS, unadapted_scale 0.003",
         2.0,
         "sqrt",
         True,
-        {"unadapted_scale": 0.003},
+        functools.partial(lars, unadapted_scale=0.003),
     ),
+    "lamb": Recipe("LAMB", 0.01, "sqrt", True, lamb),
+    "orscale": Recipe("OrScale", 0.05, "sqrt", True, orscale),
 }
 
 
@@ -245,16 +314,7 @@ def make_optimizer(run, setting):
             # From 0, one of the 17 updates at batch 32K would do nothing.
             warmup_start_learning_rate=run.rate / max(warmup, 1),
         )
-    accumulation = run.batch // MICRO_BATCH
-    optimizer = LARS(
-        rate,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
-        # For such small networks, compiling takes longer than it saves.
-        jit_compile=False,
-        gradient_accumulation_steps=accumulation if accumulation > 1 else None,
-        **recipe.lars_arguments,
-    )
+    optimizer = recipe.optimizer(rate, run.batch // MICRO_BATCH)
     return optimizer, updates
 
 
