@@ -33,8 +33,8 @@ class Recipe:
     scaling: str | None
     # Whether the rate warms up and decays; otherwise it is fixed.
     scheduled: bool
-    # Function of a rate, or a schedule that counts updates, and the number of
-    # micro-batches of an update. It returns the optimizer.
+    # Makes the optimizer from a rate, or a schedule that counts updates, and
+    # from the number of micro-batches per update.
     optimizer: Callable
 
 
@@ -65,7 +65,8 @@ def orscale(rate, micro_batches):
         rms_rate=None,
         weight_decay=None,
         adam_weight_decay=None,
-        # Muon's rates are too high for Adam, which updates the biases.
+        # Muon's rates are too high for Adam, which updates biases, scales and
+        # offsets.
         adam_lr_ratio=0.1,
         gradient_accumulation_steps=accumulation(micro_batches),
     )
@@ -100,7 +101,7 @@ class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):
         return self._schedule(step // self._micro_batches)
 
 
-# It is LARS that adapts no variable, so all other code is the same.
+# SGD is LARS that adapts no variable, so all other code is the same.
 sgd = functools.partial(lars, exclude_from_layer_adaptation=[".*"])
 RECIPES = {
     "sgd": Recipe("SGD, fixed rate", 0.03, None, False, sgd),

@@ -1,6 +1,5 @@
 """init: waits for late ranks, and starts Horovod."""
 
-import itertools
 import os
 import sys
 import time
@@ -19,16 +18,18 @@ SECONDS_UNTIL_NOTE = 30
 SECONDS_OF_SILENCE = 30
 # Seconds between two questions, in a job of up to 38 ranks.
 PERIOD_SECONDS = 0.1
+# What rank 0 says when it has met all ranks.
+ALL_HERE = b"all ranks are here"
 
-_starts = itertools.count()
+_starts = 0
 
 
 def init(*args, **kwargs):
     """Initializes Horovod, with the arguments of `horovod.tensorflow.init`.
 
-    Under `horovodrun --gloo`, it waits up to 120 s for ranks that are late, or
-    longer if `HOROVOD_GLOO_TIMEOUT_SECONDS` is. `horovodrun` itself waits for
-    the ranks of an elastic job.
+    Under `horovodrun --gloo`, ranks wait up to 120 s for one that is late, or
+    longer if `HOROVOD_GLOO_TIMEOUT_SECONDS` is. In elastic jobs Gloo waits, for
+    30 s or that time.
 
     Under Open MPI, a rank that waits for the others leaves its core to the
     threads that train. To make it spin instead, set
@@ -38,25 +39,25 @@ def init(*args, **kwargs):
         RuntimeError: If a rank has not called `init` in this time, or if
             `horovodrun` cannot be reached for 30 s.
     """
+    global _starts
     # Horovod starts MPI in `init`, and MPI reads the variable then.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    size = int(os.environ.get("HOROVOD_SIZE", 1))
     is_elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
-    if (
-        _server.address()
-        and not is_elastic
-        and not horovod.tensorflow.is_initialized()
-    ):
-        rank, size = (
-            int(os.environ[f"HOROVOD_{name}"]) for name in ("RANK", "SIZE")
-        )
-        Meeting(rank, size, f"start{next(_starts)}").wait()
+    is_started = horovod.tensorflow.is_initialized()
+    if _server.address() and size > 1 and not is_elastic and not is_started:
+        rank = int(os.environ["HOROVOD_RANK"])
+        Meeting(rank, size, f"start{_starts}").wait()
+        # A rank that has failed to meet the others tries the same again.
+        _starts += 1
     horovod.tensorflow.init(*args, **kwargs)
 
 
 class Meeting:
     """The ranks wait for each other, through the server of `horovodrun`.
 
-    Rank 0 waits for each of the others, and they wait for its word.
+    Rank 0 waits for each of the others, and they wait for its word: that all
+    are here, or who is late.
 
     Args:
         rank: Integer, this rank.
@@ -71,7 +72,7 @@ class Meeting:
         self._period = max(
             PERIOD_SECONDS, size / _server.MAX_REQUESTS_PER_SECOND
         )
-        gloo_seconds = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", 0)
+        gloo_seconds = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS") or 0
         self._limit = max(SECONDS_TO_WAIT, float(gloo_seconds))
         self._begin = time.monotonic()
         self._is_noted = False
@@ -81,36 +82,44 @@ class Meeting:
         self._ask("PUT", f"rank{self._rank}", HOST.encode())
         if self._rank == 0:
             for other in range(1, self._size):
-                self._wait_for(f"rank{other}")
-            self._ask("PUT", "all", b"here")
+                self._wait_for_rank(other)
+            self._ask("PUT", "word", ALL_HERE)
         else:
-            self._wait_for("all")
+            self._wait_for_word()
 
-    def _wait_for(self, key):
-        while self._ask("GET", key) is None:
-            waited = time.monotonic() - self._begin
-            if waited > self._limit:
-                raise RuntimeError(
-                    f"rank {self._rank} on {HOST} waited {waited:.0f} s for "
-                    f"rank {self._first_late_rank()}, which has not called "
-                    "hvd.init(); see whether its process runs, and what it "
-                    "printed"
-                )
-            if waited > SECONDS_UNTIL_NOTE and not self._is_noted:
+    def _wait_for_rank(self, other):
+        while self._ask("GET", f"rank{other}") is None:
+            if self._waited() > self._limit:
+                self._ask("PUT", "word", str(other).encode())
+                self._fail(other)
+            if self._waited() > SECONDS_UNTIL_NOTE and not self._is_noted:
                 self._is_noted = True
-                self._note()
+                print(
+                    f"rank 0 waits for rank {other}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             time.sleep(self._period)
 
-    def _note(self):
-        if self._rank == 0:
-            late = self._first_late_rank()
-            print(f"rank 0 waits for rank {late}", file=sys.stderr, flush=True)
+    def _wait_for_word(self):
+        while (word := self._ask("GET", "word")) is None:
+            # If rank 0 is here, it waits for so long too.
+            is_rank_0_here = self._ask("GET", "rank0") is not None
+            if self._waited() > self._limit * (1 + is_rank_0_here):
+                self._fail(0)
+            time.sleep(self._period)
+        if word != ALL_HERE:
+            self._fail(word.decode(errors="replace"))
 
-    def _first_late_rank(self):
-        for rank in range(self._size):
-            if self._ask("GET", f"rank{rank}") is None:
-                return rank
-        return 0  # All are here, and rank 0 has not said so yet.
+    def _waited(self):
+        return time.monotonic() - self._begin
+
+    def _fail(self, late):
+        raise RuntimeError(
+            f"rank {self._rank} on {HOST} waited {self._waited():.0f} s for "
+            f"rank {late} to call hvd.init(); see whether its process runs, "
+            "and what it printed"
+        )
 
     def _ask(self, method, key, body=None):
         """Asks the server until it answers."""

@@ -8,7 +8,7 @@ import http.client
 import os
 import socket
 
-# Cap on requests per second, over all ranks: the server has one thread.
+# Cap on requests per second, over all ranks: one Python process answers.
 MAX_REQUESTS_PER_SECOND = 384
 # Seconds that the server may take to answer.
 TIMEOUT_SECONDS = 1.25

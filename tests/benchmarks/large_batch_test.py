@@ -230,7 +230,7 @@ def test_wide_cell_is_chosen_by_the_mean_of_its_seeds():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_learns(data_folder, recipe):
-    """Both networks do so without TensorFlow: `without_tensorflow_test`."""
+    """So it does on JAX: `without_tensorflow_test`."""
     write_fashion_mnist(data_folder)
     setting = Setting((512,), 20, 2, 1024, 1, 1)
     run = Run("resnet", recipe, 512, RECIPES[recipe].first_rate * 3, 1)

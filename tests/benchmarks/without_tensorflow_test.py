@@ -84,14 +84,16 @@ found["steps"] = [errors, losses, expected_losses[1::2]]
 
 # Last, because it changes the precision.
 setting = training.Setting((512,), 10, 0, 1024, 1, 1)
+def top1s(name, recipe, rate, times):
+    run = training.Run(name, recipe, 512, rate, 1)
+    return [training.train(run, setting)["test_top1"] for _ in range(times)]
+
 found["top1"] = {
-    name: [
-        training.train(
-            training.Run(name, "sgd_linear", 512, 0.1, 1), setting
-        )["test_top1"]
-        for _ in range(2)
-    ]
-    for name in training.NETWORKS
+    name: top1s(name, "sgd_linear", 0.1, times=2) for name in training.NETWORKS
+}
+found["top1_of_recipes"] = {
+    "lamb": top1s("resnet", "lamb", 0.03, times=1),
+    "orscale": top1s("resnet", "orscale", 0.15, times=1),
 }
 found["resnet50_gpu"] = command(
     resnet50_gpu, "--image_size=32", "--micro_batch=4", "--global_batch=12",
@@ -171,6 +173,8 @@ def test_study_learns_and_repeats(found):
     for network, (top1, again) in found["top1"].items():
         assert top1 == again, network
         assert top1 > 30, network
+    for recipe, (top1,) in found["top1_of_recipes"].items():
+        assert top1 > 30, recipe
 
 
 @pytest.mark.parametrize(

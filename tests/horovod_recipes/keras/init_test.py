@@ -4,6 +4,7 @@ import concurrent.futures
 import socket
 import time
 
+import horovod.tensorflow
 import pytest
 from horovod.runner.http.http_server import KVStoreServer
 
@@ -62,13 +63,50 @@ def test_every_rank_names_the_one_that_does_not_come(monkeypatch, late):
     for rank, error in zip(others, errors, strict=True):
         assert isinstance(error, RuntimeError)
         assert str(error).startswith(f"rank {rank} on {HOST} waited ")
-        assert f"s for rank {late}, which has not called" in str(error)
+        assert f"s for rank {late} to call hvd.init()" in str(error)
+
+
+@pytest.mark.usefixtures("_server")
+def test_frozen_rank_0_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(_init, "SECONDS_TO_WAIT", 0.3)
+    _init.Meeting(0, 2, "start0")._ask("PUT", "rank0", b"h1")
+    (error,) = meet([0.0, 0.0], absent=[0])
+    assert "s for rank 0 to call hvd.init()" in str(error)
+
+
+@pytest.mark.usefixtures("_server")
+def test_ranks_meet_again_after_one_that_failed(monkeypatch):
+    """A rank that failed before tries the same meeting as the others."""
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    monkeypatch.setenv("HOROVOD_RANK", "1")
+    monkeypatch.setattr(horovod.tensorflow, "is_initialized", lambda: False)
+    monkeypatch.setattr(horovod.tensorflow, "init", lambda: None)
+    monkeypatch.setattr(_init, "_starts", 0)
+    monkeypatch.setattr(_init, "SECONDS_TO_WAIT", 0.3)
+    with pytest.raises(RuntimeError, match="rank 0 to call"):
+        _init.init()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        other = threads.submit(_init.Meeting(0, 2, "start0").wait)
+        _init.init()
+    assert other.result() is None
+
+
+@pytest.mark.usefixtures("_server")
+def test_one_process_beside_a_server_meets_nobody(monkeypatch):
+    """So are the workers of some schedulers, which tell no rank."""
+    for name in ("HOROVOD_RANK", "HOROVOD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(horovod.tensorflow, "is_initialized", lambda: False)
+    started = []
+    monkeypatch.setattr(horovod.tensorflow, "init", lambda: started.append(1))
+    _init.init()
+    assert started == [1]
 
 
 @pytest.mark.usefixtures("_server")
 def test_rank_0_says_for_whom_it_waits(monkeypatch, capsys):
-    monkeypatch.setattr(_init, "SECONDS_UNTIL_NOTE", 0.2)
-    meet([0.0, 0.0, 0.8])
+    monkeypatch.setattr(_init, "SECONDS_UNTIL_NOTE", 0.5)
+    meet([0.0, 0.0, 1.5])
     assert capsys.readouterr().err == "rank 0 waits for rank 2\n"
 
 

@@ -88,7 +88,7 @@ def test_names_a_silent_rank_in_a_job_of_any_size(server, monkeypatch, size):
     assert last.find_problem() == dog._peers.find_problem()
     # A rank that ends with an error waits until all ranks have read it.
     assert last.delay < last.period < SECONDS_TO_SAY_WHY
-    # The server has one thread.
+    # One Python process answers them all.
     assert 3 * size / last.period <= 384
 
 
