@@ -162,7 +162,10 @@ class Chaos:
         while name := next((n for n in names if not STATIC[n].at_start), None):
             fault = STATIC[name]
             moment = self.wait_for_moment(job, fault)
-            if job.process.poll() is not None or epoch(job) > self.epochs - 10:
+            # A short job has to take every fault in its first half.
+            epochs = min(fault.epochs, self.epochs // 2)
+            ended = job.process.poll() is not None
+            if ended or epoch(job) > self.epochs - epochs:
                 return True
             names.remove(name)
             rank = self.random.choice(fault.ranks)
@@ -176,7 +179,8 @@ class Chaos:
         if fault.ends and self.random.random() < 0.25:
             time.sleep(self.random.uniform(2, LATEST_MOMENT_OF_START))
         else:
-            job.wait_for(r"Epoch \d+/", SECONDS_TO_START)
+            # A job that had trained to its end before prints only its summary.
+            job.wait_for(r'Epoch \d+/|"steps": ', SECONDS_TO_START)
             time.sleep(self.random.uniform(0, LATEST_MOMENT))
         return f"epoch {epoch(job)}" if epoch(job) else "the start"
 
@@ -400,7 +404,7 @@ def small_disk(path):
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def run(seed, static, elastic, epochs=60, output=None):
+def run(seed, static, elastic, epochs=100, output=None):
     """Does faults on new hosts.
 
     Args:

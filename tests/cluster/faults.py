@@ -78,6 +78,7 @@ class Fault:
         seconds: Float, the time until the outcome.
         status: Integer, the exit status of `horovodrun` if the job ends.
         at_start: Whether the fault comes before the job starts.
+        epochs: Integer, the epochs that the job must still have before it.
         ranks: The ranks that it may hit.
     """
 
@@ -88,6 +89,7 @@ class Fault:
     seconds: float = SECONDS_TO_END
     status: int = 1
     at_start: bool = False
+    epochs: int = 10
     ranks: tuple = (0, 1, 2, 3)
 
 
@@ -290,7 +292,8 @@ STATIC = {
     ),
     "rank 20 s late": Fault(late_rank, ends=False, at_start=True),
     "clock 1 h ahead, 6 s": Fault(clock_jump, ends=False),
-    "second job on the workdir": Fault(second_job, ends=False),
+    # The second job takes half a minute to start.
+    "second job on the workdir": Fault(second_job, ends=False, epochs=45),
 }
 ELASTIC = {
     "SIGKILL of a rank": Fault(kill_rank, ends=False),

@@ -271,6 +271,11 @@ def why_not():
     """Returns why this machine cannot have such hosts; None if it can."""
     if os.geteuid() != 0:
         return "needs root"
+    if " " in str(pathlib.Path(__file__).resolve()):
+        return (
+            "needs a clone in a folder without a space in its name, because "
+            "horovodrun does not quote it for other hosts"
+        )
     for program, package in (
         ("ip", "iproute2"),
         ("tc", "iproute2"),
