@@ -35,19 +35,21 @@ from keras_lars.schedules import scale_learning_rate
 CONFIG = "simclr:fashion_mnist"
 RANKS = 2
 SEEDS = (0, 1, 2)
-# What the training with labels changes: crops and flips without distortions.
+# What the training with labels changes: crops and flips without distortions,
+# and the rate.
 LABELS = {
     "task": "classification",
     "dataset.augmentation": "large_crop",
+    "schedule.peak_learning_rate": 8.0,
 }
-EPOCHS = {"learning": 6, "batch": 2}
+EPOCHS = {"learning": 8, "batch": 2}
 WARMUP_EPOCHS = 1
 # The batch from which the rates are scaled.
 BASE_BATCH = 1024
 # In the order in which they run.
 BATCHES = (BASE_BATCH, 4096, 256)
 # The rate of each optimizer at `BASE_BATCH`, which other batches scale.
-RATES = {"lars": 8.0, "sgd": 1.0}
+RATES = {"lars": 32.0, "sgd": 1.0}
 # Optimizer and rule of each recipe of the batch part.
 RECIPES = {
     "LARS, linear": ("lars", "linear"),
@@ -87,11 +89,17 @@ class Trial:
 def trials():
     """Returns all trials, in the order in which they run."""
     config = recipes.get_config("fashion_mnist")
-    size, rate = config.global_batch_size, config.schedule.peak_learning_rate
+    rates = {
+        "SimCLR": config.schedule.peak_learning_rate,
+        "labels": LABELS["schedule.peak_learning_rate"],
+    }
     found = [
-        Trial("learning", recipe, size, rate, EPOCHS["learning"], seed)
+        Trial(
+            *("learning", recipe, config.global_batch_size, rate),
+            *(EPOCHS["learning"], seed),
+        )
         for seed in SEEDS
-        for recipe in ("labels", "SimCLR")
+        for recipe, rate in rates.items()
     ]
     cells = [
         (optimizer, batch, scaled_rate(optimizer, rule, batch))

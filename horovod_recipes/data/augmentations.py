@@ -132,11 +132,11 @@ def simclr_small(encoded, seed, shape, is_jpeg=False):
 def simclr_grey(encoded, seed, shape, is_jpeg=False):
     """Returns a random view of a small grey image, such as Fashion-MNIST's.
 
-    It is `simclr_small` with `large_crop`.
+    It is `simclr_small` with `large_crop`, and distorts at full strength.
     """
     crop_seed, colour_seed = tf.unstack(tf.random.split(seed))
     image = _to_float(large_crop(encoded, crop_seed, shape, is_jpeg))
-    return _to_uint8(colours.distort(image, colour_seed, strength=0.5))
+    return _to_uint8(colours.distort(image, colour_seed, strength=1.0))
 
 
 def simclr_digits(encoded, seed, shape, is_jpeg=False):

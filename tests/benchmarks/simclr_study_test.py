@@ -73,14 +73,15 @@ def test_config_of_a_trial_is_valid(trial):
 
 
 def test_commands_of_a_trial():
-    labels, unlabelled, *_, batch = simclr.trials()
+    unlabelled, labels, *_, batch = simclr.trials()
     train, evaluate = simclr.commands_of(labels, FOLDER)
     assert train == (
         "horovodrun --gloo -np 2 python -m horovod_recipes.train "
         "--config=simclr:fashion_mnist "
         "--workdir=runs/learning-labels-1024-8-0 --overwrite --config.seed=0 "
-        "--config.epochs=6 --config.schedule.warmup_epochs=1 "
-        "--config.task=classification --config.dataset.augmentation=large_crop"
+        "--config.epochs=8 --config.schedule.warmup_epochs=1 "
+        "--config.task=classification --config.dataset.augmentation=large_crop "
+        "--config.schedule.peak_learning_rate=8.0"
     )
     assert evaluate == (
         "horovodrun --gloo -np 2 python -m horovod_recipes.evaluate "
