@@ -103,9 +103,11 @@ class Meeting:
 
     def _wait_for_word(self):
         while (word := self._ask("GET", "word")) is None:
-            # If rank 0 is here, it waits for so long too.
-            is_rank_0_here = self._ask("GET", "rank0") is not None
-            if self._waited() > self._limit * (1 + is_rank_0_here):
+            waited = self._waited()
+            # If rank 0 is here, it waits as long for the others.
+            if waited > 2 * self._limit or (
+                waited > self._limit and self._ask("GET", "rank0") is None
+            ):
                 self._fail(0)
             time.sleep(self._period)
         if word != ALL_HERE:

@@ -6,21 +6,9 @@ import time
 
 import horovod.tensorflow
 import pytest
-from horovod.runner.http.http_server import KVStoreServer
 
 from horovod_recipes.keras import _init
 from horovod_recipes.keras._server import HOST
-
-
-@pytest.fixture
-def _server(monkeypatch):
-    """A server like that of horovodrun."""
-    server = KVStoreServer(verbose=0)
-    port = server.start_server()
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(port))
-    yield
-    server.shutdown_server()
 
 
 def meet(seconds_late, absent=()):
@@ -46,7 +34,7 @@ def meet(seconds_late, absent=()):
     return [r.exception() or r.result() for r in results.values()]
 
 
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("late", [0, 1, 3])
 def test_no_rank_starts_before_the_last(late):
     begin = time.monotonic()
@@ -54,7 +42,7 @@ def test_no_rank_starts_before_the_last(late):
     assert min(starts) - begin >= 0.6
 
 
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("late", [0, 1, 3])
 def test_every_rank_names_the_one_that_does_not_come(monkeypatch, late):
     monkeypatch.setattr(_init, "SECONDS_TO_WAIT", 0.5)
@@ -66,7 +54,7 @@ def test_every_rank_names_the_one_that_does_not_come(monkeypatch, late):
         assert f"s for rank {late} to call hvd.init()" in str(error)
 
 
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("server")
 def test_frozen_rank_0_is_not_waited_for_without_end(monkeypatch):
     monkeypatch.setattr(_init, "SECONDS_TO_WAIT", 0.3)
     _init.Meeting(0, 2, "start0")._ask("PUT", "rank0", b"h1")
@@ -74,7 +62,7 @@ def test_frozen_rank_0_is_not_waited_for_without_end(monkeypatch):
     assert "s for rank 0 to call hvd.init()" in str(error)
 
 
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("server")
 def test_ranks_meet_again_after_one_that_failed(monkeypatch):
     """A rank that failed before tries the same meeting as the others."""
     monkeypatch.setenv("HOROVOD_SIZE", "2")
@@ -91,9 +79,9 @@ def test_ranks_meet_again_after_one_that_failed(monkeypatch):
     assert other.result() is None
 
 
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("server")
 def test_one_process_beside_a_server_meets_nobody(monkeypatch):
-    """So are the workers of some schedulers, which tell no rank."""
+    """Horovod then takes it for rank 0 of 1."""
     for name in ("HOROVOD_RANK", "HOROVOD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(horovod.tensorflow, "is_initialized", lambda: False)
@@ -103,14 +91,14 @@ def test_one_process_beside_a_server_meets_nobody(monkeypatch):
     assert started == [1]
 
 
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("server")
 def test_rank_0_says_for_whom_it_waits(monkeypatch, capsys):
     monkeypatch.setattr(_init, "SECONDS_UNTIL_NOTE", 0.5)
     meet([0.0, 0.0, 1.5])
     assert capsys.readouterr().err == "rank 0 waits for rank 2\n"
 
 
-@pytest.mark.usefixtures("_server")
+@pytest.mark.usefixtures("server")
 def test_longer_limit_of_gloo_holds(monkeypatch):
     monkeypatch.setattr(_init, "SECONDS_TO_WAIT", 0.1)
     monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "60")

@@ -11,7 +11,6 @@ import time
 import keras
 import pytest
 import tensorflow as tf
-from horovod.runner.http.http_server import KVStoreServer
 
 import horovod_recipes.keras as hvd
 from horovod_recipes.errors import JobError
@@ -47,16 +46,10 @@ class Clock:
         self.now += seconds
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """A server like that of horovodrun; all peers are in one block."""
-    server = KVStoreServer(verbose=0)
-    port = server.start_server()
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
-    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(port))
+@pytest.fixture(autouse=True)
+def _one_block(monkeypatch):
+    """All peers are in one block."""
     monkeypatch.setattr(_watchdog, "_blocks", itertools.repeat(0))
-    yield server
-    server.shutdown_server()
 
 
 @pytest.fixture
