@@ -75,8 +75,8 @@ def test_other_process_resumes_a_saved_model(tmp_path):
     model.fit(x, y, batch_size=32, shuffle=False, verbose=0)
     after = np.load(tmp_path / "after.npz")
     for i, a in enumerate(model.get_weights()):
-        # Rounding may differ between processes. A momentum that was lost would
-        # change the weights by more than 1e-3.
+        # Rounding may differ between processes. A lost momentum would change
+        # the weights far more.
         np.testing.assert_allclose(a, after[f"arr_{i}"], rtol=0, atol=1e-6)
 
 

@@ -199,7 +199,7 @@ def test_a_saved_file_is_one_of_keras_alone(tmp_path):
     )
     outputs = np.load(tmp_path / "outputs.npy")
     np.testing.assert_allclose(
-        outputs, fused.predict(IMAGES), rtol=1e-5, atol=1e-6
+        outputs, fused.predict(IMAGES), rtol=1e-5, atol=1e-5
     )
 
 
