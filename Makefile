@@ -121,12 +121,12 @@ job-tests: .venv/done $(DATA)
 	timeout --kill-after=10 3000 $(PYTEST) $(TWO_AT_A_TIME) \
 	  tests/jobs tests/examples
 
-## test-cluster    test on two hosts made of network namespaces; needs root
+## test-cluster    test on hosts made of network namespaces; needs root
 test-cluster: .venv/done $(DATA)
 	$(BIN)/python -m tests.cluster.hosts
 	timeout --kill-after=30 2400 $(PYTEST) tests/cluster
 
-## chaos           do 60 faults to jobs on four hosts; needs root, 45 minutes
+## chaos           do 61 faults to jobs on four hosts; needs root, 45 minutes
 chaos: .venv/done $(DATA)
 	$(BIN)/python -m tests.cluster.hosts
 	timeout --kill-after=30 7200 $(BIN)/python -m tests.cluster.chaos \
@@ -159,7 +159,7 @@ gpu-build-test: .settings
 	$(JOB) build/gpu/bin/python -m pytest tests/gpu_build
 	rm -rf build/gpu
 
-## fuzz            try 20,000 inputs that are not as they should be
+## fuzz            try 26,000 inputs that are not as they should be
 # The seed is kept in the results. A failure prints how to see it again.
 FUZZ_SEED ?= 17
 fuzz: .venv/done $(DATA)

@@ -1,10 +1,11 @@
-"""Evaluates the encoder that `--config=simclr` has trained.
+"""Evaluates the encoder of a job: how well do its features tell classes apart?
 
 horovodrun -np 2 python -m horovod_recipes.evaluate --workdir=DIR
     [--linear_epochs=90 | --fixed_features] [--with_random_weights]
 
 It trains a linear classifier on the encoder's features, and classifies by the
-nearest neighbours. It prints and writes evaluation.json, and neighbours.png.
+nearest neighbours. It prints the results, and writes evaluation.json and
+neighbours.png.
 It also evaluates a network trained with labels, without its last layer.
 """
 
@@ -77,8 +78,8 @@ def create_parser():
     protocol.add_argument(
         "--fixed_features",
         action="store_true",
-        help="train the linear classifier on features of whole images, which "
-        "are computed once, until it has converged; for small datasets",
+        help="train the linear classifier for 500 steps on features of whole "
+        "images, which are computed once; for small datasets",
     )
     parser.add_argument(
         "--with_random_weights",

@@ -76,8 +76,8 @@ class LayerAdaptation:
     def __setattr__(self, name, value):
         """Checks an argument, also one that is set after the first step.
 
-        A new value takes effect in the next step. A compiled step takes it over
-        when it is compiled again.
+        In an eager loop, a new value takes effect in the next step. In a
+        compiled step, it does when the step is compiled again.
         """
         value = _checks.checked(name, value)
         if name in _checks.EXCLUSIONS and getattr(self, "built", False):

@@ -43,9 +43,9 @@ class TrustRatioLogger(keras.callbacks.Callback):
             the row is recorded after it. Defaults to `100`.
 
     Raises:
-        ValueError: If an argument is out of its range, when training begins
-            with an optimizer other than LARS and TrustRatio, or after the first
-            batch if it adapts no variable.
+        ValueError: If an argument is out of its range. When training begins, if
+            the optimizer is neither LARS nor TrustRatio. After the first batch,
+            if the optimizer adapts no variable.
         ImportError: If TensorFlow, TensorBoard or Matplotlib is not installed.
 
     Example:

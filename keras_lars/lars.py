@@ -16,10 +16,10 @@ from keras_lars._ratio import trust_ratio
 class LARS(LayerAdaptation, keras.optimizers.Optimizer):
     """Optimizer that implements LARS, layer-wise adaptive rate scaling.
 
-    With large batches the ratio of a layer's weight norm to its gradient norm
-    differs by orders of magnitude between layers. One learning rate is then
-    too high for some layers and too low for others. LARS gives every variable
-    its own rate: the global rate times a trust ratio.
+    With large batches the ratio of a variable's weight norm to its gradient
+    norm differs widely: from 5.8 to 1,345 in Table 2 of the paper. One learning
+    rate is then too high for some layers and too low for others. LARS gives
+    every variable its own rate: the global rate times a trust ratio.
 
     Let `g` be the gradient of a variable, `w` its weights, `v` its velocity,
     `m` the momentum and `b` the weight decay. One step is:

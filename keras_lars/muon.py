@@ -12,9 +12,9 @@ from keras import ops
 class ConvMuon(keras.optimizers.Muon):
     """Muon that treats a convolution kernel as a matrix.
 
-    Keras's Muon updates only matrices, such as kernels of dense layers, and
-    everything else by AdamW. This class also takes every variable of three or
-    more dimensions. A column of its matrix has all weights of one output
+    Keras's Muon updates matrices, such as kernels of dense layers. It updates
+    all other variables by AdamW. This class also takes every variable of three
+    or more dimensions. A column of its matrix has all weights of one output
     channel. List in `exclude_layers` what is no convolution kernel, such as the
     kernels of attention.
 

@@ -35,8 +35,8 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
 
     The learning rate, `iterations` and all state are those of the inner
     optimizer. So are its clipping, its own weight decay, its moving average of
-    the weights and its accumulation of gradients; set these on it. The inner
-    optimizer belongs to this one from then on.
+    the weights and its accumulation of gradients; set these on it. Do not
+    use the inner optimizer elsewhere.
 
     Keras's SGD and RMSprop multiply the rate into their velocity. `TrustRatio`
     does not, so a new rate acts on the whole step at once.

@@ -16,7 +16,7 @@ import sys
 from benchmarks import _measure
 from benchmarks import _results
 
-OPTIMIZERS = ("SGD", "LARS")
+OPTIMIZERS = ("SGD", "LARS", "TrustRatio")
 MODELS_BEFORE, MODELS = 10, 40
 
 
@@ -33,8 +33,15 @@ def train_models(optimizer, clear, number):
     import numpy as np
 
     from keras_lars import LARS
+    from keras_lars import TrustRatio
 
-    create = {"SGD": keras.optimizers.SGD, "LARS": LARS}[optimizer]
+    create = {
+        "SGD": keras.optimizers.SGD,
+        "LARS": LARS,
+        "TrustRatio": lambda rate, momentum: TrustRatio(
+            keras.optimizers.SGD(rate, momentum)
+        ),
+    }[optimizer]
     examples, labels = np.zeros((64, 32), "float32"), np.zeros(64)
     for index in range(number):
         hidden = [keras.layers.Dense(64, "relu") for _ in range(2)]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.study.fashion_mnist
 
-The four files are those that Keras and TFDS download. Without internet access
-they come from Debian's package dataset-fashion-mnist, which needs no root.
+The four files are those that Keras and TFDS download. If that download fails,
+`apt-get download` gets them from Debian's package dataset-fashion-mnist.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def _from_debian(temporary, reason):
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != sha256:
             raise OSError(
-                f"{name} of {DEBIAN_PACKAGE} has another content than expected"
+                f"{name} of {DEBIAN_PACKAGE} does not have the expected content"
             )
     return folder
 

@@ -18,12 +18,12 @@ epochs. The recipes are:
 
 A cell is a network, a recipe and a batch. The same number of tries searches for
 the rate of each cell, by the accuracy on 5,000 training images that no run is
-trained on. The best rate is then trained with two more seeds. If the seeds
+trained on. The best rate is then trained with the other seeds. If the seeds
 differ by more than 10 points, all rates that were tried are trained with them,
 and the rate with the best mean is chosen. The reported accuracy is the one on
 the 10,000 test images. A batch consists of micro-batches of 256, whose
-gradients are averaged. Batch norm's statistics are those of a micro-batch, so
-they are the same for all batches.
+gradients are averaged. Batch norm computes its statistics over a micro-batch,
+so they do not depend on the batch.
 
 Each run is saved in a JSON file when it ends, and a study that was stopped
 resumes from this file. To print the tables and draw the figure from it:

@@ -3,7 +3,8 @@
     python -m benchmarks.study.trust_ratios
 
 It takes a few minutes on 2 cores, and downloads photos and Fashion-MNIST. LARS
-compensates for the spread of the ratio of both norms. It is measured twice:
+compensates for the spread of the ratio of both norms. The ratio is measured
+twice:
 
 - At the first step, as in Table 2 of the LARS paper: BVLC's AlexNet with its
   initial weights, on 20 photos of ImageNet that the recipe `alexnet` crops. A
@@ -11,9 +12,9 @@ compensates for the spread of the ratio of both norms. It is measured twice:
   ratios depend on it. Beside them are the paper's ratios, from copies of its
   table in public code.
 - Over training: the small AlexNet of `large_batch`, on Fashion-MNIST with LARS
-  and a batch of 8,192. The ratio of each update is that of the weights before
-  it to the gradient averaged over its micro-batches. It is computed from the
-  trust ratio that `TrustRatioLogger` records at every update.
+  and a batch of 8,192. The weights are those before an update, and the gradient
+  is averaged over its micro-batches. The ratio is computed from the trust ratio
+  that `TrustRatioLogger` records at every update.
 """
 
 import csv

@@ -212,8 +212,8 @@ def _check_choices(config):
     if config.optimizer_name not in OPTIMIZERS and not is_trust_ratio:
         raise JobError(
             f"optimizer_name must be one of {', '.join(OPTIMIZERS)}, "
-            f"trust_ratio:NAME, but is {config.optimizer_name}; NAME is an "
-            "optimizer of Keras"
+            f"trust_ratio:NAME, but is {config.optimizer_name}; NAME is "
+            "conv_muon, or an optimizer of Keras"
         )
 
 

@@ -7,7 +7,7 @@ Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks
 with Layer-wise Adaptive Rate Scaling", the conference-review version of arXiv
 1708.03888, the tables of AlexNet. Plain variants use LARS. `_sgd_best` uses SGD
 with the best rate that the paper found. `_sgd` is the paper's baseline: SGD,
-with the rate of batch 512 scaled linearly, and the same warm-up.
+with the rate of batch 512 scaled linearly, and the warm-up of `_sgd_best`.
 
 Hardware: any GPU with 8 GB. A micro-batch has up to 512 images; each rank
 accumulates as many as its share of the batch needs. This recipe has not run at

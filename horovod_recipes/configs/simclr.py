@@ -20,8 +20,8 @@ no projection.
 
 The expected top-1 is that of a linear classifier (`horovod_recipes.evaluate`).
 The first three have not run at full size here. The last two are for two CPU
-cores. Their images are grey. Only brightness and contrast change, and nothing
-is blurred.
+cores. Their images are grey, so that of their colours only brightness and
+contrast change. Nothing is blurred.
 """
 
 from ml_collections import config_dict

@@ -1,4 +1,4 @@
-"""Errors inside an input pipeline that name a file or an image."""
+"""Has errors inside an input pipeline name the file or the image."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""Copies of a model or an optimizer stay distributed.
+"""Keeps copies of a model or an optimizer distributed.
 
 `copy`, `pickle` and `hvd.broadcast_object` rebuild a Keras object from its
 saved form, which says nothing of Horovod.

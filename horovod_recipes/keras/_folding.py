@@ -1,4 +1,4 @@
-"""Keeps collectives in every step of a graph.
+"""Keeps TensorFlow from running a collective only once for all steps.
 
 TensorFlow runs an operation on constants once, while it optimizes a graph, and
 uses the result in every step. A collective would then run on the ranks where

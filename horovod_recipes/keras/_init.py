@@ -1,4 +1,4 @@
-"""init: waits for late ranks, and starts Horovod."""
+"""Has `init` wait for late ranks before it starts Horovod."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ SECONDS_UNTIL_NOTE = 30
 SECONDS_OF_SILENCE = 30
 # Seconds between two questions, in a job of up to 38 ranks.
 PERIOD_SECONDS = 0.1
-# What rank 0 says when it has met all ranks.
+# What rank 0 writes when all ranks are here.
 ALL_HERE = b"all ranks are here"
 
 _starts = 0
@@ -27,9 +27,9 @@ _starts = 0
 def init(*args, **kwargs):
     """Initializes Horovod, with the arguments of `horovod.tensorflow.init`.
 
-    Under `horovodrun --gloo`, ranks wait up to 120 s for one that is late, or
-    longer if `HOROVOD_GLOO_TIMEOUT_SECONDS` is. In elastic jobs Gloo waits, for
-    30 s or that time.
+    Under `horovodrun --gloo`, ranks wait for a late one for 120 s, or for
+    `HOROVOD_GLOO_TIMEOUT_SECONDS` if that is longer. In an elastic job, Gloo
+    waits instead: for `HOROVOD_GLOO_TIMEOUT_SECONDS`, by default 30 s.
 
     Under Open MPI, a rank that waits for the others leaves its core to the
     threads that train. To make it spin instead, set
@@ -48,7 +48,7 @@ def init(*args, **kwargs):
     if _server.address() and size > 1 and not is_elastic and not is_started:
         rank = int(os.environ["HOROVOD_RANK"])
         Meeting(rank, size, f"start{_starts}").wait()
-        # A rank that has failed to meet the others tries the same again.
+        # After a failure, the next call takes part in the same meeting.
         _starts += 1
     horovod.tensorflow.init(*args, **kwargs)
 
@@ -56,8 +56,8 @@ def init(*args, **kwargs):
 class Meeting:
     """The ranks wait for each other, through the server of `horovodrun`.
 
-    Rank 0 waits for each of the others, and they wait for its word: that all
-    are here, or who is late.
+    Rank 0 waits for each of the others. They wait until it writes that all are
+    here, or which rank is late.
 
     Args:
         rank: Integer, this rank.
@@ -104,7 +104,7 @@ class Meeting:
     def _wait_for_word(self):
         while (word := self._ask("GET", "word")) is None:
             waited = self._waited()
-            # If rank 0 is here, it waits as long for the others.
+            # If rank 0 is here, it may itself wait so long for the others.
             if waited > 2 * self._limit or (
                 waited > self._limit and self._ask("GET", "rank0") is None
             ):

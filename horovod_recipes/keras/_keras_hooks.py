@@ -1,6 +1,6 @@
 """Every patch and every private name of Keras, TensorFlow and Horovod.
 
-The other modules of this folder reach for them through the functions here.
+The other modules of the package reach for them through the functions here.
 `PRIVATE_NAMES` lists the names, and a test looks each of them up.
 """
 

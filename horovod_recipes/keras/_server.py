@@ -1,4 +1,4 @@
-"""The key-value server of `horovodrun`, through which ranks know each other.
+"""The key-value server of `horovodrun`, through which ranks exchange messages.
 
 Anyone who reaches the server can read it and write to it (docs/security.md).
 """
@@ -34,7 +34,7 @@ def request(method, path, body=None):
         body: Bytes to write.
 
     Returns:
-        Bytes: the value, or nothing after a "PUT". None if there is no value.
+        Bytes: the value, empty after a "PUT". None if the key has no value.
     """
     port = int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
     connection = http.client.HTTPConnection(

@@ -1,4 +1,4 @@
-"""Watchdog: ends a rank that hangs or waits for a hanging rank, and names it.
+"""The callback `Watchdog` ends ranks when one hangs, and names that one.
 
 Horovod's operations wait for all ranks, without a time limit. While they wait,
 ranks exchange messages through the key-value server of `horovodrun`. Gloo's
@@ -69,10 +69,10 @@ class Watchdog(keras.callbacks.Callback):
     and of each epoch. After `seconds` without progress, the rank writes the
     stacks of its threads and the name of the hanging rank to stderr, and ends.
 
-    A rank that does not wait in a collective names itself. Otherwise it names
-    the rank that reported a hang, or the rank that no longer beats. If a rank
-    is killed or its host is lost, Horovod fails on the other ranks. `lost_rank`
-    then returns its name.
+    A rank that does not wait in a collective names itself. A rank that waits
+    names the rank that reported a hang, or whose messages have stopped. If a
+    rank is killed or its host is lost, Horovod fails on the other ranks.
+    `lost_rank` then returns a sentence that names it.
 
     Create it after `hvd.init()` and list it first among the callbacks. All
     ranks enter the same blocks in the same order:
@@ -320,9 +320,9 @@ def _shared_key():
 class Peers:
     """The messages between ranks through the server of `horovodrun`.
 
-    Each rank writes its own beats and reads those of the next rank. It writes a
-    problem that it finds once, for all ranks. `key`, bytes, signs the messages.
-    Without it, which is so without a server, the rank neither writes nor reads.
+    Each rank writes its own beats and reads those of the next rank. When it
+    finds a problem, it writes it once, for all ranks. `key`, bytes, signs the
+    messages. Without a key, the rank neither writes nor reads.
     """
 
     def __init__(self, rank, size, key=None):

@@ -109,13 +109,13 @@ class KerasState(State):
     Args:
         model: A built `keras.Model`.
         optimizer: The model's optimizer. Defaults to all optimizers that are
-            attributes of the model, as the one it was compiled with.
+            attributes of the model, such as the one it was compiled with.
         **kwargs: Values to share. Each becomes an attribute of the state. A
             value is an `ElasticSampler`, or any object that can be pickled.
 
     Raises:
-        ValueError: If the model is not built, has no optimizer, or has an
-            optimizer besides the compiled one that is not built.
+        ValueError: If the model is not built or has no optimizer, or if an
+            optimizer other than the compiled one is not built.
     """
 
     def __init__(self, model, optimizer=None, **kwargs):

@@ -95,8 +95,8 @@ def _trust_ratio(inner, arguments):
         if key not in known:
             raise JobError(
                 f"the config has optimizer.{key}, but TrustRatio takes "
-                f"{', '.join(known)}; arguments of the optimizer inside it "
-                "belong into optimizer.inner of trust_ratio:NAME"
+                f"{', '.join(known)}; put arguments of the optimizer inside "
+                "it into optimizer.inner of trust_ratio:NAME"
             )
     return TrustRatio(inner, **arguments)
 

@@ -1,9 +1,10 @@
 """Evaluates a trained encoder: a linear classifier and nearest neighbours.
 
-Source of the linear classifier: Chen et al., arXiv 2002.05709, appendix B.6: 90
-epochs of SGD with Nesterov's momentum of 0.9, a rate of 0.1 per 256 images that
-falls along a cosine, no weight decay, and random crops and flips. Source of the
-neighbours' settings: Wu et al., arXiv 1805.01978, section 3.4.
+The linear classifier follows Chen et al., arXiv 2002.05709, appendix B.6. It
+trains for 90 epochs by SGD with Nesterov's momentum of 0.9, without weight
+decay, with random crops and flips. The rate is 0.1 per 256 images, and falls
+along a cosine. The neighbours' settings are those of Wu et al., arXiv
+1805.01978, section 3.4.
 
 A network trained with labels is evaluated in the same way, for comparison.
 """

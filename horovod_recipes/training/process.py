@@ -14,7 +14,7 @@ from keras_lars import _xla_flags
 
 
 def start():
-    """Starts Horovod, in a command that prints only its own lines and errors.
+    """Starts Horovod, and lets this process print only its own lines.
 
     Raises:
         JobError: If a rank does not start, or `horovodrun` is lost.
@@ -64,7 +64,8 @@ def choose_gpu():
 def make_updates_fast(config):
     """Lets XLA update a weight and its velocity in one pass, on a CPU.
 
-    The flag is for the whole process. It was not tried on whole networks.
+    The flag changes every program that XLA compiles in this process. It was not
+    tried where XLA compiles a whole network, so it is not set there.
     """
     if not config.xla and not tf.config.list_physical_devices("GPU"):
         _xla_flags.allow_two_outputs()

@@ -64,6 +64,7 @@ class SimCLRModel(keras.Model):
 
     def __init__(self, inputs, outputs, name=None, **kwargs):
         super().__init__(inputs, outputs, name=name, **kwargs)
+        self._mean_contrastive_loss = keras.metrics.Mean("contrastive_loss")
         self._contrastive_top1 = keras.metrics.Mean(name="contrastive_top1")
         self._alignment = keras.metrics.Mean(name="alignment")
         self._uniformity = Uniformity(name="uniformity")
@@ -153,7 +154,7 @@ class SimCLRModel(keras.Model):
 
     def _contrastive_loss(self, first, second):
         result = contrast(first, second, self.loss.temperature)
-        self._loss_tracker.update_state(result.loss)
+        self._mean_contrastive_loss.update_state(result.loss)
         self._contrastive_top1.update_state(result.hits)
         self._alignment.update_state(result.alignment)
         self._uniformity.update_state(result.uniformity)
@@ -184,6 +185,8 @@ class SimCLRModel(keras.Model):
 
     def get_metrics_result(self):
         results = super().get_metrics_result()
-        if not self._is_evaluated:
-            return results
-        return {name: results[name] for name in PROBE_METRICS}
+        if self._is_evaluated:
+            return {name: results[name] for name in PROBE_METRICS}
+        # Keras's own mean sees no loss, because `train_step` is replaced.
+        results["loss"] = results.pop("contrastive_loss")
+        return results

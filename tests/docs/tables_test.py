@@ -74,7 +74,7 @@ def sentences_on_accuracy():
         f"it is {usual[8192]} points better at 8,192 and {usual[16384]} at",
     )
     runs = read_result("large_batch.json")["runs"]
-    yield page, f"They have {len(runs)} runs"
+    yield page, f"The saved results have {len(runs)} runs"
 
     small = [
         study("large_batch_small.json", name) for name in ("alexnet", "resnet")
@@ -171,8 +171,8 @@ def sentences_on_speed():
 
     yield (
         "README.md",
-        f"{speed_up('scaling.json', 'MPI, 2 ranks')[0]:.2f} times as fast as "
-        "one over MPI, and "
+        f"{speed_up('scaling.json', 'MPI, 2 ranks')[0]:.2f} times over MPI, "
+        "and "
         f"{speed_up('scaling.json', 'Gloo, 2 ranks')[0]:.2f} times",
     )
     page = "docs/performance.md"
@@ -184,7 +184,7 @@ def sentences_on_speed():
         f"{spread(apart)}",
     )
     spinning = speed_up("scaling_mpi_spinning.json", "MPI, 2 ranks")
-    yield page, f"are then only {spread(spinning)} times as fast as one"
+    yield page, f"are only {spread(spinning)} times as fast as one"
     with_xla = next(
         line for line in read_result("xla_step.json")["results"] if line["xla"]
     )

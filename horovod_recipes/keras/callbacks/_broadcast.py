@@ -37,10 +37,10 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         ValueError: If `local_variables` holds anything other than variables.
             When training begins, if the model's optimizer does not come from
             `DistributedOptimizer`. After step 1 of a model with a `train_step`
-            of its own, if an optimizer was used that does not, and no
-            `DistributedGradientTape` was used. When training begins, on every
-            rank, if the ranks have different numbers of steps in an epoch, as
-            far as Keras knows them.
+            of its own, if it used an optimizer that does not come from
+            `DistributedOptimizer`, and no `DistributedGradientTape`. When
+            training begins, on every rank, if the ranks have different numbers
+            of steps in an epoch, as far as Keras knows them.
     """
 
     def __init__(self, root_rank, device="", local_variables=None):
