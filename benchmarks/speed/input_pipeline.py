@@ -14,9 +14,12 @@ can (`pipeline.IMAGES_PER_GROUP`). Scripts that are not kept tried these:
 - Faster: `tf.reverse` to flip, instead of a slice with a step of -1; resizing
   from float32 instead of uint8, even with the cast; seeds for a whole group; no
   test whether each image is a JPEG.
-- Slower: `crop_and_resize`, `ImageProjectiveTransformV3` and
-  `QuantizedResizeBilinear`.
-- No gain: the decoder's `INTEGER_FAST` and `fancy_upscaling=False`.
+- Slower: `crop_and_resize`, `ImageProjectiveTransformV3`, `ScaleAndTranslate`,
+  `QuantizedResizeBilinear`, and resizing to the nearest pixel.
+- No gain: the decoder's `INTEGER_FAST` and `fancy_upscaling=False`; batches
+  that are not copied from groups; no `ignore_errors`.
+
+Without the resize, an image took 2 to 5 % longer than the decoder alone.
 """
 
 import os

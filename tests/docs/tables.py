@@ -12,6 +12,7 @@ import pathlib
 import re
 
 from benchmarks import _results
+from benchmarks.speed import memory
 from benchmarks.speed import simclr
 from benchmarks.study import large_batch
 from benchmarks.study import simclr as simclr_study
@@ -265,6 +266,7 @@ TABLES = {
     "chaos": chaos,
     "fuzz": fuzzing,
     "many_ranks": many_ranks,
+    "memory": lambda: memory.markdown(read_result("memory.json")),
     "plan": printed_plan,
     "plan.published": published_efficiencies,
     "ratios": ratios,
