@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +121,14 @@ def test_page_is_made_from_the_results(tmp_path):
             assert image.exists() == benchmark.has_figure
         # Without its result, a benchmark is still on the page.
         assert report.results(benchmark, tmp_path) == ["Not measured yet."]
+
+
+def test_figures_are_drawn_from_the_results(tmp_path):
+    shutil.copytree(DOCS / "results", tmp_path / "results")
+    (tmp_path / "images").mkdir()
+    report.draw_all(tmp_path)
+    drawn = {path.stem for path in (tmp_path / "images").iterdir()}
+    assert drawn == {b.name for b in report.BENCHMARKS if b.has_figure}
 
 
 def test_a_failed_command_ends_the_report():
