@@ -81,8 +81,18 @@ def sentences_on_accuracy():
     ]
     at_256 = [row[256]["lars_scaled"] - row[256]["sgd_linear"] for row in small]
     at_4096 = [ahead(row[4096]) for row in small]
-    yield page, f"It is {at_256[0]:.1f} and {at_256[1]:.1f} points above SGD"
+    yield page, f"it is {at_256[0]:.1f} and {at_256[1]:.1f} points above SGD"
     yield page, f"it is {at_4096[0]:.0f} and {at_4096[1]:.0f} points above the"
+    assert all(
+        max(cell, key=cell.get) == "orscale"
+        for row in small
+        for cell in row.values()
+    )
+    plain, normed = (
+        row[4096]["orscale"] - row[4096]["lars_scaled"] for row in small
+    )
+    yield page, f"it is {plain:.0f} points above the second best without batch"
+    yield page, f"norm, and {normed:.0f} points with it."
     tries = [
         run
         for run in read_result("large_batch_small.json")["runs"]
