@@ -73,25 +73,28 @@ def contrast(first, second, temperature=0.1, process_set=None):
     )
     all_first, all_second, places = _of_all_ranks(first, second, process_set)
     images = tf.shape(all_first)[0]
-    # Rows are this rank's views, and columns those of all ranks.
-    # A pass over this matrix is slow, so divide and mask in few of them.
-    similarity = tf.matmul(
+    # Rows are this rank's views, and columns those of all ranks. Passes over
+    # this matrix are slow, so embeddings are divided by the temperature.
+    scaled_similarity = tf.matmul(
         tf.concat([first, second], axis=0) / temperature,
         tf.concat([all_first, all_second], axis=0),
         transpose_b=True,
     )
     own = tf.concat([places, images + places], axis=0)
     pair = tf.concat([images + places, places], axis=0)
-    logits = similarity + tf.one_hot(own, 2 * images, MASKED, 0.0)
+    logits = scaled_similarity + tf.one_hot(own, 2 * images, MASKED, 0.0)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(pair, logits)
     # What one watches has no gradient.
-    similarity = tf.stop_gradient(similarity)
+    scaled_similarity = tf.stop_gradient(scaled_similarity)
     nearest = tf.argmax(
-        similarity[: tf.size(places), images:], axis=-1, output_type=tf.int32
+        scaled_similarity[: tf.size(places), images:],
+        axis=-1,
+        output_type=tf.int32,
     )
     # The squared distance of unit vectors is 2 - 2 * similarity.
-    near = tf.reduce_sum(tf.exp(4 * temperature * similarity), axis=-1)
-    near *= math.exp(-4)
+    near = math.exp(-4) * tf.reduce_sum(
+        tf.exp(4 * temperature * scaled_similarity), axis=-1
+    )
     return Contrast(
         loss=tf.math.divide_no_nan(
             tf.reduce_sum(losses), tf.cast(tf.size(losses), tf.float32)

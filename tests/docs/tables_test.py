@@ -182,8 +182,7 @@ def sentences_on_speed():
     yield (
         "README.md",
         f"{speed_up('scaling.json', 'MPI, 2 ranks')[0]:.2f} times over MPI, "
-        "and "
-        f"{speed_up('scaling.json', 'Gloo, 2 ranks')[0]:.2f} times",
+        f"and {speed_up('scaling.json', 'Gloo, 2 ranks')[0]:.2f} times",
     )
     page = "docs/performance.md"
     earlier = speed_up("scaling_accumulation_8.json", "Gloo, 2 ranks")
