@@ -5,7 +5,7 @@
 A search over learning rates makes many models in one process. Here each of them
 is trained for one step and thrown away, with `keras.backend.clear_session()`
 and without it. The memory of 40 models is counted after 10 others. Each count
-has a process of its own. It takes 16 minutes on 2 cores.
+has a process of its own. It took 16 minutes beside other work.
 """
 
 import gc
