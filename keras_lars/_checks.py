@@ -34,6 +34,16 @@ REFUSED_INSIDE = {
     "MultiOptimizer": "put a TrustRatio around each optimizer inside it",
     "ScheduleFreeAdamW": "it updates other variables than the weights",
 }
+# Arguments of Keras's optimizers that `TrustRatio` leaves to the one inside.
+SET_INSIDE = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "gradient_accumulation_steps",
+)
 EXCLUSIONS = ("exclude_from_layer_adaptation", "exclude_from_weight_decay")
 
 
@@ -96,6 +106,29 @@ def check_inner_optimizer(optimizer):
             f"Argument `optimizer` of TrustRatio cannot be {name}: {reason}. "
             f"Received: optimizer={optimizer!r}"
         )
+
+
+def check_gradients(gradients, variables):
+    """Raises unless each gradient is None or has its variable's shape."""
+    if len(gradients) != len(variables):
+        raise ValueError(
+            "Each variable needs a gradient or None. Received: "
+            f"{len(gradients)} gradients for {len(variables)} variables"
+        )
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if gradient is None or _fits(gradient.shape, variable.shape):
+            continue
+        raise ValueError(
+            f"The gradient of {path_of(variable)} must have the shape of the "
+            f"variable, {tuple(variable.shape)}. Received: {gradient.shape}"
+        )
+
+
+def _fits(shape, expected):
+    if hasattr(shape, "is_compatible_with"):
+        # TensorFlow may know some sizes only when it runs.
+        return shape.is_compatible_with(expected)
+    return tuple(shape) == tuple(expected)
 
 
 def check_together(optimizer):

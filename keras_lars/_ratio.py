@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_lars import _checks
+from keras_lars import _tensorflow
 from keras_lars._paths import is_excluded
 from keras_lars._paths import path_of
 from keras_lars._paths import unique_paths
@@ -85,7 +86,25 @@ class LayerAdaptation:
                 f"Argument `{name}` cannot change after the first step. Pass "
                 "it to a new optimizer."
             )
+        if name == "exclude_from_weight_decay":
+            # Keras's optimizers have a method of this name.
+            name = "_decay_exclusions"
         super().__setattr__(name, value)
+
+    def _dense_gradients(self, gradients, variables):
+        """Returns checked gradients with all rows, because norms need them."""
+        if variables is None:
+            if not self.built:
+                raise ValueError(
+                    "The first step needs the variables: pass them to `apply`, "
+                    "or call `optimizer.build(variables)` before."
+                )
+            variables = self._trainable_variables
+        _checks.check_gradients(gradients, variables)
+        return [
+            _tensorflow.dense(gradient, variable.shape)
+            for gradient, variable in zip(gradients, variables, strict=True)
+        ]
 
     def _build_adaptation(self, variables, add_variable):
         """Creates the ratios by `add_variable` of a Keras optimizer."""

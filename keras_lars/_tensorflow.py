@@ -101,8 +101,10 @@ def _program(formulas, rules, variable_specs, velocity_specs, two_outputs):
 
     def update_all(variables, velocities, ratios, gradients, learning_rate):
         gradients = [
-            _cast(gradient, spec)
-            for gradient, spec in zip(gradients, variable_specs, strict=True)
+            tf.cast(gradient, dtype)
+            for gradient, (_, dtype) in zip(
+                gradients, variable_specs, strict=True
+            )
         ]
         tensors = list(
             zip(gradients, variables, velocities, ratios, strict=True)
@@ -137,17 +139,6 @@ def _program(formulas, rules, variable_specs, velocity_specs, two_outputs):
                     _assign(ratio, value)
 
     return tf.function(update_all, autograph=False)
-
-
-def _cast(gradient, spec):
-    """Returns a gradient in the dtype of its variable, if it has the shape."""
-    import tensorflow as tf
-
-    shape, dtype = spec
-    known = gradient.shape
-    if not (known.is_fully_defined() and known == shape):
-        gradient = tf.ensure_shape(gradient, shape)
-    return tf.cast(gradient, dtype)
 
 
 def _read(handle, spec):
@@ -205,15 +196,25 @@ def _handle(variable):
     return variable.handle
 
 
-def dense(gradient):
-    """Returns the gradient as a tensor with all of its rows."""
-    if keras.backend.backend() != "tensorflow":
+def dense(gradient, shape):
+    """Returns the gradient as a tensor with all of its rows.
+
+    Args:
+        gradient: Tensor, or None.
+        shape: That of its variable. TensorFlow may not know all sizes of the
+            gradient before it runs, and then raises if they are others.
+    """
+    if keras.backend.backend() != "tensorflow" or gradient is None:
         return gradient
     import tensorflow as tf
 
-    # `keras.ops.convert_to_tensor` would leave it sparse.
-    sparse = isinstance(gradient, tf.IndexedSlices)
-    return tf.convert_to_tensor(gradient) if sparse else gradient
+    if isinstance(gradient, tf.IndexedSlices):
+        # `keras.ops.convert_to_tensor` would leave it sparse.
+        gradient = tf.convert_to_tensor(gradient)
+    if isinstance(gradient, tf.Tensor):
+        if not gradient.shape.is_fully_defined():
+            gradient = tf.ensure_shape(gradient, shape)
+    return gradient
 
 
 def compiled(update):

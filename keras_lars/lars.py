@@ -150,10 +150,7 @@ class LARS(LayerAdaptation, keras.optimizers.Optimizer):
         self.unadapted_scale = unadapted_scale
         self.jit_compile = jit_compile
         self.exclude_from_layer_adaptation = exclude_from_layer_adaptation
-        # Keras's optimizers have a method named `exclude_from_weight_decay`.
-        self._decay_exclusions = _checks.checked(
-            "exclude_from_weight_decay", exclude_from_weight_decay
-        )
+        self.exclude_from_weight_decay = exclude_from_weight_decay
         _checks.check_together(self)
         self._is_from_config = False
         self._xla_is_possible = _tensorflow.xla_is_possible()
@@ -183,8 +180,10 @@ class LARS(LayerAdaptation, keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None):
         """Makes sparse gradients dense, then updates all variables."""
-        # Norms need all rows, and Keras would clip repeated rows one by one.
-        grads = [_tensorflow.dense(gradient) for gradient in grads]
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        # Before Keras clips them, repeated rows one by one.
+        grads = self._dense_gradients(grads, trainable_variables)
         super().apply(grads, trainable_variables)
 
     # `_keras_names.py` says why each of the following overrides is needed.

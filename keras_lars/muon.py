@@ -15,8 +15,9 @@ class ConvMuon(keras.optimizers.Muon):
     Keras's Muon updates matrices, such as kernels of dense layers. It updates
     all other variables by AdamW. This class also takes every variable of three
     or more dimensions. A column of its matrix has all weights of one output
-    channel. List in `exclude_layers` what is no convolution kernel, such as the
-    kernels of attention.
+    channel, or of one input channel if the convolution is transposed. List in
+    `exclude_layers` what is no such kernel: those of attention and of depthwise
+    convolutions.
 
     Inside `TrustRatio` it is OrScale:
 

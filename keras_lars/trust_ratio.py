@@ -1,6 +1,8 @@
 """TrustRatio: one learning rate per layer, around any Keras optimizer."""
 
 import contextlib
+import functools
+import numbers
 import typing
 
 import keras
@@ -115,9 +117,7 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
         self.unadapted_scale = unadapted_scale
         self.jit_compile = jit_compile
         self.exclude_from_layer_adaptation = exclude_from_layer_adaptation
-        self._decay_exclusions = _checks.checked(
-            "exclude_from_weight_decay", exclude_from_weight_decay
-        )
+        self.exclude_from_weight_decay = exclude_from_weight_decay
         self._is_from_config = False
         self._xla_is_possible = _tensorflow.xla_is_possible()
         # Keras and TensorFlow would track a plain attribute as state.
@@ -135,6 +135,14 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
         # All state is the inner optimizer's. It resets what belongs to it if a
         # step only accumulates gradients.
         self._build_adaptation(variables, self.optimizer.add_variable)
+
+    def __setattr__(self, name, value):
+        if name in _checks.SET_INSIDE and "optimizer" in vars(self):
+            raise ValueError(
+                f"Argument `{name}` has no effect on TrustRatio. Set it on "
+                "the optimizer inside."
+            )
+        super().__setattr__(name, value)
 
     @property
     def variables(self):
@@ -180,11 +188,12 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None):
         """Updates all variables as the inner optimizer does, with the ratio."""
-        # Norms need all rows, and Keras would clip repeated rows one by one.
-        grads = [_tensorflow.dense(gradient) for gradient in grads]
-        if trainable_variables is not None and not self.built:
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
             with keras.name_scope(self.name):
-                self.build(list(trainable_variables))
+                self.build(trainable_variables)
+        # Before Keras clips them, repeated rows one by one.
+        grads = self._dense_gradients(grads, trainable_variables)
         with _replaced(self.optimizer, _backend_update_step=self._update_all):
             self.optimizer.apply(grads, trainable_variables)
 
@@ -200,7 +209,7 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
     def _update_all(self, grads, trainable_variables, learning_rate):
         learning_rate = ops.cast(learning_rate, "float32")
         if not (self.jit_compile and self._xla_is_possible):
-            self._update_each(grads, trainable_variables, learning_rate)
+            self._update_each(trainable_variables, grads, learning_rate)
             return
         indices = tuple(map(self._get_variable_index, trainable_variables))
         key = (
@@ -210,13 +219,11 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
         )
         if key not in self._programs:
             self._programs[key] = _tensorflow.compiled(
-                lambda grads, learning_rate: self._update_each(
-                    grads, trainable_variables, learning_rate
-                )
+                functools.partial(self._update_each, trainable_variables)
             )
         self._programs[key](grads, learning_rate)
 
-    def _update_each(self, grads, trainable_variables, learning_rate):
+    def _update_each(self, trainable_variables, grads, learning_rate):
         # What some optimizers do once per step comes before `update_step`.
         with _replaced(self.optimizer, update_step=self.update_step):
             _backend_update_step(
@@ -339,7 +346,7 @@ def _hyperparameters(optimizer):
     return tuple(
         (name, value)
         for name, value in vars(optimizer).items()
-        if isinstance(value, (bool, int, float, str))
+        if isinstance(value, (str, numbers.Number))
     )
 
 

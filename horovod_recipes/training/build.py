@@ -77,7 +77,7 @@ def _optimizer_class(name):
     classes = {
         c.__name__.lower(): c
         for c in vars(keras.optimizers).values()
-        if isinstance(c, type)
+        if isinstance(c, type) and c is not keras.optimizers.Optimizer
     }
     classes["conv_muon"] = ConvMuon
     if name not in classes:

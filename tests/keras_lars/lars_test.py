@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_lars import LARS
+from keras_lars import TrustRatio
 from keras_lars.schedules import WarmupPolynomialDecay
 from tests.keras_lars.common import KERNELS
 from tests.keras_lars.common import apply
@@ -318,12 +319,55 @@ def test_ratio_of_variables_of_any_shape(jit_compile):
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_gradient_of_another_shape_is_refused(jit_compile):
-    """Small variables become a vector, which would hide a wrong shape."""
-    optimizer = LARS(0.1, jit_compile=jit_compile)
+@pytest.mark.parametrize("kind", ["lars", "trust_ratio"])
+@pytest.mark.parametrize("shape", [(3, 2), (1, 3), (), (2, 3, 1)])
+def test_gradient_of_another_shape_is_refused(shape, kind, jit_compile):
+    """Otherwise it might be broadcast."""
+    optimizer = made(kind, jit_compile)
     variables = [keras.Variable(np.ones((2, 3))) for _ in range(2)]
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
-        optimizer.apply([tf.ones((3, 2)), tf.ones((2, 3))], variables)
+    with pytest.raises(ValueError, match=r"the shape of the variable, \(2, 3"):
+        optimizer.apply([tf.ones(shape), tf.ones((2, 3))], variables)
+
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def of_unknown_shape(gradient):
+        optimizer.apply([gradient, tf.ones((2, 3))], variables)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="shape"):
+        of_unknown_shape(tf.ones(shape))
+    assert all((v.numpy() == 1).all() for v in variables)
+    of_unknown_shape(tf.ones((2, 3)))
+    assert all((v.numpy() != 1).all() for v in variables)
+
+
+@pytest.mark.parametrize("kind", ["lars", "trust_ratio"])
+def test_missing_gradient(kind):
+    """None leaves a variable as it is. A list that is too short is refused."""
+    optimizer = made(kind)
+    variables = [keras.Variable(np.ones((2, 3))) for _ in range(2)]
+    with pytest.raises(ValueError, match="1 gradients for 2 variables"):
+        optimizer.apply([tf.ones((2, 3))], variables)
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([None, tf.ones((2, 3))], variables)
+    assert (variables[0].numpy() == 1).all()
+    assert (variables[1].numpy() != 1).all()
+
+
+@pytest.mark.parametrize("kind", ["lars", "trust_ratio"])
+def test_exclusions_may_be_set_before_the_first_step(kind):
+    optimizer = made(kind)
+    optimizer.exclude_from_weight_decay = ["kernel"]
+    assert optimizer.get_config()["exclude_from_weight_decay"] == ["kernel"]
+    # Zero gradients leave only the decay.
+    [kernel] = variables = [keras.Variable(np.ones((2, 3)), name="kernel")]
+    optimizer.apply([tf.zeros((2, 3))], variables)
+    assert (kernel.numpy() == 1).all()
+
+
+def made(kind, jit_compile=True):
+    if kind == "lars":
+        return LARS(0.1, weight_decay=0.1, jit_compile=jit_compile)
+    inner = keras.optimizers.SGD(0.1)
+    return TrustRatio(inner, weight_decay=0.1, jit_compile=jit_compile)
 
 
 def step_of(optimizer, variables):

@@ -301,10 +301,14 @@ def test_argument_that_is_set_later_acts_in_the_next_step():
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_argument_of_the_inner_optimizer_acts_in_the_next_step(jit_compile):
+@pytest.mark.parametrize("number", [float, np.float32])
+def test_argument_of_the_inner_optimizer_acts_in_the_next_step(
+    number, jit_compile
+):
     after = []
-    for momentum in (0.0, 0.9):
-        inner = keras.optimizers.SGD(0.1, momentum=0.9)
+    for momentum in (number(0.0), number(0.9)):
+        inner = keras.optimizers.SGD(0.1)
+        inner.momentum = number(0.5)
         optimizer = TrustRatio(inner, jit_compile=jit_compile)
         variable = keras.Variable([[3.0, 4.0]], name="kernel")
         for gradient in ([[0.3, 0.4]], [[0.4, -0.3]]):
@@ -314,6 +318,29 @@ def test_argument_of_the_inner_optimizer_acts_in_the_next_step(jit_compile):
     # The velocity of the second step is the gradient, or has the first too.
     np.testing.assert_allclose(after[0], [[2.34, 3.87]], rtol=1e-5)
     assert np.abs(after[1] - after[0]).max() > 0.1
+
+
+def test_argument_that_belongs_inside_is_refused():
+    optimizer = TrustRatio(keras.optimizers.SGD())
+    for name in ("clipnorm", "use_ema", "gradient_accumulation_steps"):
+        with pytest.raises(ValueError, match=f"`{name}`.*the optimizer inside"):
+            setattr(optimizer, name, 2)
+
+
+def test_first_step_without_variables_is_refused():
+    variables, [gradients] = variables_and_gradients(steps=1)
+    inner = keras.optimizers.SGD()
+    inner.build(variables)
+    with pytest.raises(ValueError, match="first step needs the variables"):
+        TrustRatio(inner).apply(gradients)
+
+
+def test_many_optimizers_in_one_process_print_no_warning(caplog):
+    """TensorFlow warns of a function that it compiles again and again."""
+    for _ in range(6):
+        optimizer = TrustRatio(keras.optimizers.SGD(0.1))
+        one_step(optimizer, [[3.0, 4.0]], [[0.3, 0.4]])
+    assert "retracing" not in caplog.text
 
 
 def test_loss_scale_of_the_inner_optimizer_cancels():

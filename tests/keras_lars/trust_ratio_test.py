@@ -16,9 +16,6 @@ from tests.keras_lars.exactness_test import relative_error
 from tests.keras_lars.exactness_test import trained
 
 STEPS = 50
-XLA = pytest.mark.skipif(
-    keras.backend.backend() == "torch", reason="PyTorch has no XLA"
-)
 # Which variables of `inputs.SHAPES` are kernels.
 KERNELS = [True, False, True]
 
@@ -170,20 +167,25 @@ INNER = {
 ARGUMENTS = {
     "plain": {},
     "decay": {"weight_decay": 0.1, "epsilon": 0.01},
-    "clip": {"weight_decay": 0.1, "clip": (0.5, 1.5)},
+    "clip": {"weight_decay": 0.1, "epsilon": 1e-6, "clip": (0.5, 1.5)},
     "scaled": {"trust_coefficient": 0.5, "unadapted_scale": 0.1},
 }
 
 
 def cases():
-    """All arguments with one optimizer, and some with each of the others."""
+    """Every optimizer with and without XLA, and one with all arguments."""
+    compiled = {"plain": [False], "decay": [True], "clip": [True]}
     for inner in INNER:
         marks = [inputs.NEEDS_MUON] if "muon" in inner else []
         for arguments in ARGUMENTS:
-            if inner == "adam" or arguments in ("decay", "clip"):
-                yield pytest.param(inner, arguments, True, marks=[*marks, XLA])
-            if inner == "adam" or arguments == "plain":
-                yield pytest.param(inner, arguments, False, marks=marks)
+            ways = compiled.get(arguments, [])
+            if inner == "adam":
+                ways = [True, False]
+            if ways and keras.backend.backend() == "torch":
+                # It has no XLA.
+                ways = [False]
+            for jit_compile in ways:
+                yield pytest.param(inner, arguments, jit_compile, marks=marks)
 
 
 @pytest.mark.parametrize(("inner", "arguments", "jit_compile"), list(cases()))
@@ -243,21 +245,84 @@ def test_around_adam_it_is_the_lamb_of_optax(decay):
         )
     )
     learning_rates = jax.numpy.asarray(rates())
-    lamb = optax.lamb(
-        lambda step: learning_rates[step],
-        weight_decay=decay,
-        eps=1e-6,
+    theirs = weights_after_optax(
+        optax.lamb(
+            lambda step: learning_rates[step],
+            weight_decay=decay,
+            eps=1e-6,
+        )
     )
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_around_sgd_it_is_a_chain_of_optax(nesterov):
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    inner = keras.optimizers.SGD(schedule(), momentum=0.9, nesterov=nesterov)
+    ours = weights_after(
+        TrustRatio(
+            inner,
+            trust_coefficient=0.5,
+            weight_decay=0.1,
+            epsilon=0.01,
+            exclude_from_layer_adaptation=[],
+            exclude_from_weight_decay=[],
+        )
+    )
+    learning_rates = jax.numpy.asarray(rates())
+    theirs = weights_after_optax(
+        optax.chain(
+            optax.trace(0.9, nesterov=nesterov),
+            optax.add_decayed_weights(0.1),
+            optax.scale_by_trust_ratio(trust_coefficient=0.5, eps=0.01),
+            optax.scale_by_learning_rate(lambda step: learning_rates[step]),
+        )
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def weights_after_optax(transformation):
+    import jax
+    import optax
+
     variables, gradients = inputs.variables_and_gradients(STEPS)
     values = [jax.numpy.asarray(v.numpy()) for v in variables]
-    state = lamb.init(values)
-    update = jax.jit(lamb.update)
+    state = transformation.init(values)
+    update = jax.jit(transformation.update)
     for grads in gradients:
         grads = [jax.numpy.asarray(g, "float32") for g in grads]
         updates, state = update(grads, state, values)
         values = optax.apply_updates(values, updates)
-    for a, b in zip(ours, values, strict=True):
-        assert relative_error(a, np.asarray(b)) < 1e-4
+    return [np.asarray(value) for value in values]
+
+
+def test_lists_of_patterns_select_the_variables():
+    _, gradients = inputs.variables_and_gradients(STEPS)
+    arguments = {"weight_decay": 0.1, "unadapted_scale": 0.5}
+    optimizer = TrustRatio(
+        keras.optimizers.Adam(schedule()),
+        exclude_from_layer_adaptation=["conv"],
+        exclude_from_weight_decay=["dense"],
+        **arguments,
+    )
+    start, weights = trained(optimizer, gradients)
+    expected, ratios = reference(
+        adam(),
+        start,
+        gradients,
+        rates(),
+        adapted=[False, False, True],
+        decayed=[True, True, False],
+        **arguments,
+    )
+    for value, after in zip(weights, expected, strict=True):
+        assert relative_error(value, after) < 1e-5
+    np.testing.assert_allclose(
+        list(optimizer.trust_ratios().values()), ratios, rtol=1e-4
+    )
 
 
 @inputs.NEEDS_MUON

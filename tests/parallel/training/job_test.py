@@ -128,12 +128,11 @@ def test_sgd_is_momentum_with_l2_decay(shared_folder):
     assert not (workdir / "trust_ratios").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inner"),
     [
         ("lamb", keras.optimizers.Adam),
-        ("trust_ratio:conv_muon", ConvMuon),
+        pytest.param("trust_ratio:conv_muon", ConvMuon, marks=pytest.mark.slow),
     ],
 )
 def test_trust_ratio(shared_folder, name, inner):

@@ -129,6 +129,10 @@ def test_replicas_that_differ_stop_all_ranks(shared_folder):
             "trust_ratio:adamm names no optimizer of Keras",
         ),
         (
+            {"optimizer_name": "trust_ratio:optimizer"},
+            "trust_ratio:optimizer names no optimizer of Keras",
+        ),
+        (
             {"optimizer_name": "trust_ratio:lamb", "optimizer": {}},
             "cannot be Lamb: it has a trust ratio already",
         ),
