@@ -1,5 +1,6 @@
 """Tables and sentences of the documents agree with the files of results."""
 
+import collections
 import re
 import statistics
 
@@ -42,6 +43,9 @@ def ahead(row, recipe="lars_scaled"):
     return row[recipe] - max(row["sgd"], row["sgd_linear"])
 
 
+BATCHES = (256, 1024, 4096, 8192, 16384, 32768)
+
+
 def sentences_on_accuracy():
     plain = study("large_batch.json", "alexnet")
     normed = study("large_batch.json", "resnet")
@@ -49,10 +53,13 @@ def sentences_on_accuracy():
     best_sgd = max(row["sgd"], row["sgd_linear"])
     up_to_16384 = [normed[batch] for batch in normed if batch <= 16384]
     most = max(ahead(row, recipe) for row in up_to_16384 for recipe in row)
-    yield "README.md", f"reaches {row['lars_scaled']:.1f} % top-1"
-    yield "README.md", f"around Muon, reaches {row['orscale']:.1f} %"
-    yield "README.md", f"the better of two SGD recipes {best_sgd:.1f} %"
-    yield "README.md", f"SGD keeps up within {most:.1f} points up to batch 16,"
+    yield "README.md", f"reaches {row['lars_scaled']:.1f} % top-1 by LARS with"
+    yield "README.md", f"and {row['orscale']:.1f} % by OrScale"
+    yield (
+        "README.md",
+        f"recipes reaches {best_sgd:.1f} %, and plain LARS {row['lars']:.1f} %",
+    )
+    yield "README.md", f"gains at most {most:.1f} points over SGD up to batch"
 
 
 def sentences_on_large_batches():
@@ -81,14 +88,18 @@ def sentences_on_large_batches():
         f"It is {ahead(last, 'orscale'):.1f} points above the better SGD, and "
         f"{last['orscale'] - last['lars_scaled']:.1f} above LARS",
     )
+    assert max(ahead(row, "lars") for row in normed.values()) < 0
 
     assert {best["plain", b] for b in (1024, 4096)} == {"lars_scaled"}
-    points = [f"{ahead(plain[batch]):.0f}" for batch in (1024, 4096)]
-    yield page, f"It is {points[0]} and {points[1]} points above the better SGD"
-    most = max(
-        plain[b]["lars_scaled"] - plain[b]["orscale"] for b in (1024, 4096)
+    lars, orscale = (
+        [f"{ahead(plain[batch], name):.0f}" for batch in (1024, 4096)]
+        for name in ("lars_scaled", "orscale")
     )
-    yield page, f"OrScale is within {most:.1f} points of it."
+    yield (
+        page,
+        f"LARS is {lars[0]} and {lars[1]} points above the better SGD, and "
+        f"OrScale {orscale[0]} and {orscale[1]}.",
+    )
     large = (8192, 16384, 32768)
     assert {best["plain", batch] for batch in large} == {"orscale"}
     points = [f"{ahead(plain[batch], 'orscale'):.0f}" for batch in large]
@@ -97,28 +108,33 @@ def sentences_on_large_batches():
         f"It is {points[0]} points above the better SGD at 8,192, {points[1]} "
         f"at 16,384 and {points[2]} at 32,768.",
     )
+    assert max(plain[32768].values()) < 70
     points = [f"{ahead(plain[batch]):.0f}" for batch in large]
     yield page, f"is {points[0]}, {points[1]} and {points[2]} points above the"
-    assert max(plain[32768].values()) < 70
-
-    assert "lamb" not in best.values()
     above = [ahead(row, "lamb") for batch, row in plain.items() if batch > 256]
     yield page, f"by {min(above):.0f} to {max(above):.0f} points."
-    assert max(ahead(row, "lamb") for row in normed.values()) < 0
-    below = [
-        ahead(row, "lars") < 0
-        for rows in (plain, normed)
-        for row in rows.values()
-    ]
-    yield page, f"In {sum(below)} of the {len(below)} cells it is below"
-    usual = {batch: f"{ahead(row, 'lars'):.0f}" for batch, row in plain.items()}
+    row = plain[32768]
+    yield page, f"LAMB is {row['lamb'] - row['lars_scaled']:.0f} points above"
+    usual = {batch: ahead(row, "lars") for batch, row in plain.items()}
+    assert {batch for batch in usual if usual[batch] > 0} == {8192, 16384}
     yield (
         page,
-        f"it is {usual[8192]} points above it at 8,192, and {usual[16384]} at",
+        f"only at 8,192, by {usual[8192]:.0f} points, and at 16,384, by "
+        f"{usual[16384]:.0f}.",
     )
+
+
+def sentences_on_the_search():
+    page = "docs/large_batch.md"
+    result = read_result("large_batch.json")
+    at_the_edge = collections.Counter(
+        cell["recipe"] for cell in result["cells"] if cell["rate_at_the_edge"]
+    )
+    assert at_the_edge["lars_scaled"] == at_the_edge["lamb"] == 0
+    yield page, f"that was tried in {at_the_edge['sgd_linear']} of 12 cells"
     [cell] = [
         cell
-        for cell in read_result("large_batch.json")["cells"]
+        for cell in result["cells"]
         if (cell["network"], cell["recipe"], cell["batch"])
         == ("alexnet", "sgd_linear", 1024)
     ]
@@ -126,7 +142,7 @@ def sentences_on_large_batches():
         page,
         f"the rate is {cell['rate']:g} and the mean {cell['mean_top1']:.1f} %.",
     )
-    runs = read_result("large_batch.json")["runs"]
+    runs = result["runs"]
     hours = sum(run["seconds"] for run in runs) / 3600
     yield (
         page,
@@ -304,6 +320,7 @@ def sentences_on_ratios():
 SENTENCES = [
     *sentences_on_accuracy(),
     *sentences_on_large_batches(),
+    *sentences_on_the_search(),
     *sentences_on_the_small_setting(),
     *sentences_on_the_demo(),
     *sentences_on_simclr(),
@@ -316,3 +333,40 @@ SENTENCES = [
 def test_sentences_are_those_of_the_results(page, sentence):
     text = re.sub(r"\s+", " ", (tables.ROOT / page).read_text())
     assert sentence in text
+
+
+def test_overlaps_of_the_study_are_those_of_the_page():
+    """docs/large_batch.md says where the ranges of seeds overlap."""
+    cells = {
+        (cell["network"], cell["batch"], cell["recipe"]): cell
+        for cell in read_result("large_batch.json")["cells"]
+    }
+
+    def overlap(network, batch, recipe, other):
+        if other == "better SGD":
+            other = max(
+                ("sgd", "sgd_linear"),
+                key=lambda name: cells[network, batch, name]["mean_top1"],
+            )
+        a, b = (cells[network, batch, r]["top1"] for r in (recipe, other))
+        return max(min(a), min(b)) <= min(max(a), max(b))
+
+    def overlaps(network, recipe, other):
+        return {
+            batch for batch in BATCHES if overlap(network, batch, recipe, other)
+        }
+
+    middle = {4096, 8192, 16384}
+    assert overlaps("resnet", "lars_scaled", "better SGD") & middle == {16384}
+    assert overlaps("resnet", "lamb", "better SGD") == set(BATCHES)
+    assert not overlap("resnet", 32768, "orscale", "better SGD")
+    assert not overlap("resnet", 32768, "orscale", "lars_scaled")
+
+    large = {8192, 16384, 32768}
+    assert overlaps("alexnet", "lars_scaled", "orscale") >= {1024, 4096}
+    assert not overlaps("alexnet", "orscale", "lars_scaled") & large
+    assert not overlaps("alexnet", "orscale", "better SGD") & large
+    assert overlaps("alexnet", "lars_scaled", "better SGD") & large == {32768}
+    assert overlaps("alexnet", "lamb", "better SGD") - {256} == {8192}
+    assert not overlap("alexnet", 32768, "lamb", "lars_scaled")
+    assert overlaps("alexnet", "lars", "better SGD") >= {8192, 16384}
