@@ -200,8 +200,10 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable, as the inner optimizer does, with the ratio."""
         index = self._get_variable_index(variable)
-        u = self._inner_update(gradient, variable)
-        w, r = new_values(self._rule(index), u, variable, learning_rate)
+        change, sign = self._inner_change(gradient, variable)
+        w, r = new_values(
+            self._rule(index), change, sign, variable, learning_rate
+        )
         self.optimizer.assign(variable, w)
         if self._trust_ratios[index] is not None:
             self.optimizer.assign(self._trust_ratios[index], r)
@@ -230,28 +232,32 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
                 self.optimizer, grads, trainable_variables, learning_rate
             )
 
-    def _inner_update(self, gradient, variable):
-        """Returns what the inner optimizer takes off a variable at a rate of 1.
+    def _inner_change(self, gradient, variable):
+        """Returns how the inner optimizer changes a variable at a rate of 1.
 
         The optimizer updates its own state, but not the variable.
+
+        Returns:
+            A tensor, and 1 if it is added to the variable or -1 if it is taken
+            off. XLA would store a tensor whose sign is changed.
         """
-        inner, taken = self.optimizer, []
+        inner, changes = self.optimizer, []
 
         def assign(target, value):
             if target is variable:
-                taken.append(ops.convert_to_tensor(variable) - value)
+                changes.append((value - ops.convert_to_tensor(variable), 1))
             else:
                 type(inner).assign(inner, target, value)
 
         def assign_add(target, value):
             if target is variable:
-                taken.append(-ops.convert_to_tensor(value))
+                changes.append((ops.convert_to_tensor(value), 1))
             else:
                 type(inner).assign_add(inner, target, value)
 
         def assign_sub(target, value):
             if target is variable:
-                taken.append(ops.convert_to_tensor(value))
+                changes.append((ops.convert_to_tensor(value), -1))
             else:
                 type(inner).assign_sub(inner, target, value)
 
@@ -259,13 +265,15 @@ class TrustRatio(LayerAdaptation, keras.optimizers.Optimizer):
             inner, assign=assign, assign_add=assign_add, assign_sub=assign_sub
         ):
             type(inner).update_step(inner, gradient, variable, 1.0)
-        if not taken:
+        if not changes:
             raise ValueError(
                 f"{type(inner).__name__} cannot be inside TrustRatio, because "
                 "its `update_step` does not change the variable by "
                 "`self.assign`, `self.assign_add` or `self.assign_sub`."
             )
-        return sum(taken[1:], taken[0])
+        if len(changes) == 1:
+            return changes[0]
+        return sum(change * sign for change, sign in changes), 1
 
     def _rule(self, index):
         return Rule(
@@ -315,12 +323,13 @@ class Rule(typing.NamedTuple):
     is_adapted: bool
 
 
-def new_values(rule, update, variable, learning_rate):
+def new_values(rule, change, sign, variable, learning_rate):
     """Computes one step. The docstring of `TrustRatio` explains the letters.
 
     Args:
         rule: `Rule`.
-        update: Tensor, `u`.
+        change: Tensor, `u` or `-u`.
+        sign: 1 or -1. `-sign * change` is `u`.
         variable: Tensor.
         learning_rate: Float32 tensor.
 
@@ -328,17 +337,19 @@ def new_values(rule, update, variable, learning_rate):
         The variable and its trust ratio after the step.
     """
     dtype = compute_dtype(variable)
-    u = ops.cast(update, dtype)
+    change = ops.cast(change, dtype)
     w = ops.cast(variable, dtype)
-    d = u + rule.weight_decay * w if rule.weight_decay else u
+    b = rule.weight_decay
+    # It has the norm of `d`.
+    d = change - sign * b * w if b else change
     clip = None if rule.clip is None else lambda r: ops.clip(r, *rule.clip)
     r = trust_ratio(rule, w, d, clip=clip)
     rate = ops.cast(learning_rate * r, dtype)
-    step = rate * u
-    if rule.weight_decay:
+    step = sign * rate * change
+    if b:
         # `rate * d` would make XLA store `d`, which takes two passes more.
-        step = step + rate * rule.weight_decay * w
-    return ops.cast(w - step, variable.dtype), r
+        step = step - rate * b * w
+    return ops.cast(w + step, variable.dtype), r
 
 
 def _hyperparameters(optimizer):
