@@ -328,8 +328,8 @@ def new_values(rule, change, sign, variable, learning_rate):
 
     Args:
         rule: `Rule`.
-        change: Tensor, `u` or `-u`.
-        sign: 1 or -1. `-sign * change` is `u`.
+        change: Tensor, `-u` or `u`.
+        sign: 1 if `change` is added to the variable, -1 if it is taken off.
         variable: Tensor.
         learning_rate: Float32 tensor.
 

@@ -3,8 +3,8 @@
     python -m benchmarks.study.large_batch --setting=small
     python -m benchmarks.study.large_batch
 
-On 2 cores it takes 15 minutes in the small setting, and 4 to 5 hours
-in the full one. With `KERAS_BACKEND=jax` it runs on a GPU if there is one. It
+On 2 cores it takes 15 minutes in the small setting, and 4 to 5 hours in the
+full one. With `KERAS_BACKEND=jax` it runs on a GPU if there is one. It
 downloads Fashion-MNIST and trains two small networks on it, an AlexNet without
 batch norm and a ResNet with it. Each global batch gets the same number of
 epochs. The recipes are:

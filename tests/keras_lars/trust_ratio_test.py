@@ -401,6 +401,27 @@ def test_bad_argument_is_named(name, value):
         TrustRatio(keras.optimizers.SGD(), **{name: value})
 
 
+class DecayApart(keras.optimizers.SGD):
+    """Changes the variable in two steps."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign_sub(variable, learning_rate * 0.1 * variable)
+        self.assign_add(variable, -learning_rate * gradient)
+
+
+def test_changes_of_one_step_are_added():
+    together = weights_after(
+        TrustRatio(
+            keras.optimizers.SGD(schedule()),
+            weight_decay=0.1,
+            exclude_from_weight_decay=[],
+        )
+    )
+    apart = weights_after(TrustRatio(DecayApart(schedule())))
+    for a, b in zip(apart, together, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 class Direct(keras.optimizers.Optimizer):
     """Changes the variable by itself."""
 
